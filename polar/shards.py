@@ -1,0 +1,229 @@
+"""A Stiefel factor as flat slices: the only place that knows where each engine keeps its fp32 values.
+
+Every engine can describe its share of a factor of shape (n, r) as a range `[start, end)` of the row-major flattening,
+together with the tensor that the engine's optimizer really steps (the *leaf*) and the place of the range in it:
+
+    engine              leaf                                            range
+    one process, DDP    the parameter itself                            everything, no process group
+    ZeRO-1, ZeRO-2      the flat fp32 partition of its parameter group  what of the group falls on this rank
+    ZeRO-3              the flat fp32 partition of its sub-group        rank * partition_numel, clipped to numel
+    FSDP2               the parameter (DTensor), its local tensor       whole rows, unevenly, perhaps none
+
+A slice may begin and end inside a row, because ZeRO cuts where it likes. `cut_rows` names the rows that some boundary
+between two ranks cuts; every rank knows all of them, so that their pieces can travel in one reduction.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polar.errors import UserError
+
+
+@dataclass(frozen=True)
+class FactorSlice:
+    """This rank's part of one Stiefel factor.
+
+    Attributes:
+        name: where the factor is in the model, for messages.
+        n, r: shape of the whole factor.
+        start, end: the range held here, in the row-major flattening of (n, r); empty when start == end.
+        leaf: the tensor that the optimizer steps; it holds the values, and its `.grad` the gradient at that time.
+        offset: where the range begins in the flattened local leaf.
+        group: process group whose ranks together hold the factor once, or None when this rank holds all of it.
+        cut_rows: rows whose elements lie on more than one rank, ascending; the same on every rank of the group.
+    """
+
+    name: str
+    n: int
+    r: int
+    start: int
+    end: int
+    leaf: Tensor
+    offset: int
+    group: dist.ProcessGroup | None
+    cut_rows: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements held here."""
+        return self.end - self.start
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.leaf.device
+
+    def storage(self) -> Tensor:
+        """The local tensor, of any shape, that holds the values, and at that time perhaps those of other factors."""
+        return _local(self.leaf.detach())
+
+    def grad_storage(self) -> Tensor | None:
+        """The same for the gradient, None where backward left none."""
+        return None if self.leaf.grad is None else _local(self.leaf.grad.detach())
+
+    def values(self) -> Tensor:
+        """1-D view of the values held here."""
+        return self._view(self.storage())
+
+    def grad(self) -> Tensor | None:
+        """1-D view of their gradient, None where backward left none."""
+        storage = self.grad_storage()
+        return None if storage is None else self._view(storage)
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1)[self.offset : self.offset + self.numel]
+
+
+def resolve(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, FactorSlice]:
+    """Ask the factors of a model where their fp32 values live. Call it when the engine is set up, at the first step.
+
+    Args:
+        parameters: the factors by name. Parameters of other shapes work too, as (first dimension, the rest): a
+            checkpoint slices every trainable parameter.
+        model: the model that they belong to; some engines can only be found through other parameters.
+
+    Raises:
+        UserError: the engine that holds a factor is not supported.
+    """
+    engine = zero12_engine(model)
+    return {name: _resolve_one(name, parameter, engine) for name, parameter in parameters.items()}
+
+
+def related_leaves(model: nn.Module) -> list[Tensor]:
+    """All tensors that the optimizer of this model's engine may step, whether or not they hold factors."""
+    leaves: list[Tensor] = list(model.parameters())
+    engine = zero12_engine(model)
+    if engine is not None:
+        return leaves + list(engine.single_partition_of_fp32_groups)
+    for parameter in model.parameters():
+        if hasattr(parameter, "_z3_optimizer"):
+            return leaves + list(parameter._z3_optimizer.fp32_partitioned_groups_flat)
+    return leaves
+
+
+def cut_rows_of(boundaries: list[int], n: int, r: int) -> tuple[int, ...]:
+    """Rows of an (n, r) factor that a cut of its flattening at one of `boundaries` splits."""
+    return tuple(sorted({boundary // r for boundary in boundaries if boundary % r and 0 < boundary < n * r}))
+
+
+def all_reduce(buffer: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum over the ranks of a group, in place; through the accelerator where offloaded values meet an NCCL group."""
+    devices = {device.type for device in group._device_types}
+    if buffer.device.type in devices:
+        dist.all_reduce(buffer, group=group)
+        return
+    moved = buffer.to(next(iter(devices)))
+    dist.all_reduce(moved, group=group)
+    buffer.copy_(moved)
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def zero12_engine(model: nn.Module) -> Any:
+    """The ZeRO-1/2 optimizer that holds parameters of this model, None where there is none.
+
+    DeepSpeed 0.19.8 leaves no reference from a parameter to it (`_zero_optimizer` only with offload), and the inner
+    optimizer that our hooks see does not know it either, so the garbage collector is asked, once per set-up.
+    """
+    module = sys.modules.get("deepspeed.runtime.zero.stage_1_and_2")
+    sharded = {id(parameter) for parameter in model.parameters() if hasattr(parameter, "_hp_mapping")}
+    if module is None or not sharded:
+        return None
+    for candidate in gc.get_objects():
+        if isinstance(candidate, module.DeepSpeedZeroOptimizer) and any(
+            id(parameter) in sharded for group in candidate.bit16_groups for parameter in group
+        ):
+            return candidate
+    return None
+
+
+def _resolve_one(name: str, parameter: nn.Parameter, zero_engine: Any) -> FactorSlice:
+    if hasattr(parameter, "ds_id"):
+        return _resolve_zero3(name, parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        return _resolve_zero12(name, parameter, zero_engine)
+    if hasattr(parameter, "device_mesh"):
+        return _resolve_fsdp2(name, parameter)
+    if not parameter.is_contiguous():
+        raise UserError(f"{name} has strides {parameter.stride()}: store it contiguously, as (n, r) row-major")
+    n, r = _rows_of(parameter.shape)
+    return FactorSlice(name, n, r, 0, n * r, parameter, 0, None)
+
+
+def _rows_of(shape: Sequence[int]) -> tuple[int, int]:
+    """(n, r) of a tensor of any shape: its first dimension, and the product of the others."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
+
+
+def _resolve_zero3(name: str, parameter: Any) -> FactorSlice:
+    # DeepSpeed 0.19.8. Sub-group and offset are `grad_position`; there is no public way to ask for a writable view of
+    # the fp32 partition (the setters of deepspeed.utils fail when numel % world_size != 0).
+    engine = getattr(parameter, "_z3_optimizer", None)
+    if engine is None:
+        raise UserError(
+            f"{name} is partitioned by ZeRO-3 but no ZeRO-3 optimizer holds it: add the adapter before "
+            "deepspeed.initialize and step with the engine's optimizer"
+        )
+    n, r = _rows_of(parameter.ds_shape)
+    sub_group, offset, _ = engine.grad_position[engine.get_param_id(parameter)]
+    leaf = engine.fp32_partitioned_groups_flat[sub_group]
+    if leaf is None or leaf.numel() == 0:
+        raise UserError(f"the fp32 values of {name} are swapped to NVMe: manifold steps need them on GPU or CPU")
+    group, share, numel = parameter.ds_process_group, parameter.partition_numel(), n * r
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    start, end = min(rank * share, numel), min((rank + 1) * share, numel)
+    cuts = cut_rows_of([k * share for k in range(1, ranks)], n, r)
+    return FactorSlice(name, n, r, start, end, leaf, offset, group if ranks > 1 else None, cuts)
+
+
+def _resolve_zero12(name: str, parameter: Any, engine: Any) -> FactorSlice:
+    # DeepSpeed 0.19.8: a parameter group is flattened (in `round_robin_bit16_groups` order, with padding between
+    # parameters) and cut into equal partitions. `_hp_mapping` says the same for this rank alone; all cuts are needed.
+    if engine is None:
+        raise UserError(
+            f"{name} is held by a DeepSpeed optimizer other than that of ZeRO stage 1, 2 or 3 (BF16_Optimizer): leave "
+            '"data_types" out of the DeepSpeed config'
+        )
+    n, r = _rows_of(parameter.shape)
+    for index, members in enumerate(engine.round_robin_bit16_groups):
+        for member, begin in zip(members, engine.round_robin_bit16_offsets[index], strict=True):
+            if member is parameter:
+                group, share = engine.real_dp_process_group[index], engine.partition_size[index]
+                ranks, rank, numel = dist.get_world_size(group), dist.get_rank(group), n * r
+                start, end = (min(max(k * share - begin, 0), numel) for k in (rank, rank + 1))
+                cuts = cut_rows_of([k * share - begin for k in range(1, ranks)], n, r)
+                leaf = engine.single_partition_of_fp32_groups[index]
+                offset = max(begin - rank * share, 0) if end > start else 0
+                return FactorSlice(name, n, r, start, end, leaf, offset, group if ranks > 1 else None, cuts)
+    raise UserError(f"{name} is in no parameter group of the ZeRO optimizer: create the engine after the adapter")
+
+
+def _resolve_fsdp2(name: str, parameter: Any) -> FactorSlice:
+    n, r = _rows_of(parameter.shape)
+    group, rows, start_row = None, parameter.to_local().shape[0], 0
+    for dimension, placement in enumerate(parameter.placements):
+        if placement.is_replicate():
+            continue
+        if not placement.is_shard(0) or group is not None:
+            raise UserError(
+                f"{name} is placed as {parameter.placements}: manifold steps need one dimension that shards rows"
+            )
+        group = parameter.device_mesh.get_group(dimension)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        share = -(-n // ranks)  # torch.chunk: equal parts of the rounded-up size, the last ones short or empty
+        start_row = min(rank * share, n)
+        assert rows == min((rank + 1) * share, n) - start_row, (name, rows, start_row)
+        group = group if ranks > 1 else None
+    return FactorSlice(name, n, r, start_row * r, (start_row + rows) * r, parameter, 0, group)
