@@ -1,0 +1,227 @@
+"""What can be checked about a run before anything is loaded: every problem is one line that names value and fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polar.config_parser import checked
+from polar.errors import UserError
+from polar.rows import check_source
+from polar.templates import load_template
+
+if TYPE_CHECKING:
+    from polar.run_config import (
+        AdapterArguments,
+        DataArguments,
+        ManifoldArguments,
+        ModelArguments,
+        PolarTrainingConfig,
+        RunConfig,
+    )
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Check `config` for a run of `world_size` processes; reads the file system, writes nothing.
+
+    Raises:
+        UserError: at the first problem.
+    """
+    _check_batch(config.training, world_size)
+    _check_model(config.model)
+    _check_data(config.data)
+    make_adapter_config(config.adapter)
+    _check_manifold(config.manifold)
+    _check_training(config.training, has_validation=bool(config.data.val_dataset or config.data.val_split))
+    _check_output(config.training)
+
+
+def holds_run(folder: Path) -> bool:
+    """Tell whether `folder` holds files of a run; other files, such as a job's log, do not count."""
+    names = ("config.yaml", "provenance.json", "metrics.jsonl", "adapter", "data_report.json")
+    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*"))
+
+
+def make_adapter_config(arguments: AdapterArguments) -> Any:
+    """Return the PEFT config object that `arguments` describe, for a causal language model.
+
+    Raises:
+        UserError: unknown `peft_type`, unknown field, wrong type, or a value that the method refuses.
+    """
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import polar.tuner  # noqa: F401  registers POLAR in PEFT's table
+
+    known = {str(getattr(name, "value", name)): cls for name, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if arguments.peft_type not in known:
+        near = difflib.get_close_matches(arguments.peft_type, known, n=1)
+        raise UserError(
+            f"adapter.peft_type: {arguments.peft_type!r} is not a method of PEFT {peft.__version__}: "
+            + (f"did you mean {near[0]}?" if near else "POLAR, LORA, ...")
+        )
+    config_class = known[arguments.peft_type]
+    hints = _hints(config_class)
+    fields = {f.name for f in dataclasses.fields(config_class) if f.init}
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    for key, value in arguments.adapter.items():
+        if key == "peft_type":
+            continue
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            fix = f"did you mean adapter.{near[0]}?" if near else f"its fields are {', '.join(sorted(fields))}"
+            raise UserError(f"adapter.{key}: unknown field of {config_class.__name__}: {fix}")
+        values[key] = checked(key, value, hints[key], origin="adapter.") if key in hints else value
+        if key in ("target_modules", "exclude_modules") and isinstance(value, str):
+            _check_expression(f"adapter.{key}", value)
+    rank = values.get("r")
+    if isinstance(rank, int) and rank <= 0:
+        raise UserError(f"adapter.r is {rank}: the rank must be at least 1")
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"adapter ({arguments.peft_type}): {' '.join(str(error).split())}") from error
+
+
+def _check_expression(key: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise UserError(
+            f"{key}: {expression!r} is no regular expression ({error}): mend it, or give a list of names"
+        ) from None
+
+
+def _hints(config_class: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # some PEFT configs annotate with names that are imported only for type checkers
+        return {}
+
+
+def _check_batch(training: PolarTrainingConfig, world_size: int) -> None:
+    accumulation = training.gradient_accumulation_steps or 1
+    product = training.per_device_train_batch_size * world_size * accumulation
+    if product != training.global_batch_size:
+        raise UserError(
+            f"global_batch_size {training.global_batch_size} was derived for WORLD_SIZE="
+            f"{os.environ.get('WORLD_SIZE', '1')}, but {world_size} processes run: start with torchrun or deepspeed"
+        )
+
+
+def _check_model(model: ModelArguments) -> None:
+    path = model.model_name_or_path
+    if not path:
+        raise UserError("model_name_or_path is not set: give a folder with config.json or a hub name")
+    if model.load_in_4bit and model.load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit are both true: choose one")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            kind = "it is an adapter; give its base model" if adapter else "give the folder of a saved model"
+            raise UserError(f"model_name_or_path {path}: the folder holds no config.json: {kind}")
+    elif folder.exists():
+        raise UserError(f"model_name_or_path {path} is a file: give the folder that holds config.json")
+    elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
+        raise UserError(f"model_name_or_path {path}: no such folder, and not a hub name like google/gemma-3-27b-pt")
+
+
+def _check_data(data: DataArguments) -> None:
+    if not data.train_dataset:
+        raise UserError("train_dataset is not set: give a .json, .jsonl or .parquet file or a hub name")
+    check_source(data.train_dataset, "train_dataset")
+    if data.val_dataset:
+        if data.val_split:
+            raise UserError(f"val_dataset {data.val_dataset} and val_split {data.val_split:g} are both set: choose one")
+        check_source(data.val_dataset, "val_dataset")
+    if data.val_split < 0 or (data.val_split >= 1 and data.val_split != int(data.val_split)):
+        raise UserError(f"val_split is {data.val_split:g}: give a share below 1, a whole number of rows, or 0 for none")
+    if data.max_train_rows is not None and data.max_train_rows < 1:
+        raise UserError(f"max_train_rows is {data.max_train_rows}: give at least 1, or null for all rows")
+    load_template(data.template)
+
+
+def _check_manifold(manifold: ManifoldArguments) -> None:
+    goes_with = {"landing_penalty": ("landing", "euclidean_penalty"), "landing_convention": ("landing",)}
+    for name, steps in goes_with.items():
+        value = getattr(manifold, name)
+        if value is not None and manifold.manifold_step not in steps:
+            raise UserError(
+                f"{name} is {value}, but manifold_step is {manifold.manifold_step}: it goes with {' or '.join(steps)}"
+            )
+    if manifold.landing_penalty is not None and not manifold.landing_penalty > 0:
+        raise UserError(f"landing_penalty is {manifold.landing_penalty:g}: it must be above 0")
+
+
+def _check_training(training: PolarTrainingConfig, *, has_validation: bool) -> None:
+    for name in ("learning_rate", "theta_learning_rate", "num_train_epochs", "max_length"):
+        value = getattr(training, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value:g}: it must be above 0")
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise UserError(f"max_steps is {training.max_steps}: give at least 1, or -1 to count in num_train_epochs")
+    if training.per_device_eval_batch_size < 1:
+        raise UserError(f"per_device_eval_batch_size is {training.per_device_eval_batch_size}: it must be at least 1")
+    if not 0 <= training.seed < 2**32:  # numpy's range
+        raise UserError(f"seed is {training.seed}: it must be from 0 to 2^32 - 1")
+    for name in ("weight_decay", "max_grad_norm"):
+        value = getattr(training, name)
+        if value is not None and value < 0:
+            raise UserError(f"{name} is {value:g}: it must not be negative")
+    if training.eval_strategy != "no" and not has_validation:
+        raise UserError(
+            f"eval_strategy is {training.eval_strategy.value}, but there is no validation set: "
+            "give val_dataset or val_split"
+        )
+    if training.save_strategy == "best" and not has_validation:
+        raise UserError("save_strategy is best, but there is no validation set: give val_dataset or val_split")
+    if training.load_best_model_at_end and not has_validation:
+        raise UserError("load_best_model_at_end needs a validation set: give val_dataset or val_split")
+
+
+def check_deepspeed(deepspeed: Any) -> None:
+    """Check that deepspeed is installed and its config readable, before TrainingArguments looks at either.
+
+    Args:
+        deepspeed: path of a JSON file, JSON text, a mapping, or None: no DeepSpeed.
+    """
+    if not deepspeed:
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"deepspeed is {deepspeed!r}, but the deepspeed package is not installed: pip install 'polar[train]', or "
+            "leave --deepspeed out"
+        )
+    if not isinstance(deepspeed, str) or deepspeed.lstrip().startswith("{"):
+        return
+    path = Path(deepspeed).expanduser()
+    if not path.is_file():
+        raise UserError(f"deepspeed {deepspeed}: no such file: give a JSON of ds_configs/")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"deepspeed {deepspeed}: not valid JSON: {error}") from None
+
+
+def _check_output(training: PolarTrainingConfig) -> None:
+    if not training.output_dir or training.output_dir == "trainer_output":
+        raise UserError("output_dir is not set: give the folder of this run, for example --output_dir runs/first")
+    folder = Path(training.output_dir).expanduser()
+    if training.resume and training.overwrite:
+        raise UserError("--resume and --overwrite are both given: choose one")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file: give a folder")
+    if holds_run(folder) and not (training.resume or training.overwrite):
+        raise UserError(f"output_dir {folder} holds another run: add --resume, --overwrite, or choose another folder")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {folder}: {existing} is not writable")

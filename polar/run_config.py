@@ -1,0 +1,398 @@
+"""Every setting of a run: five dataclasses, one flat YAML file plus command line, and their way back to YAML.
+
+    python -m polar.train --config configs/X.yaml --learning_rate 4e-4 --adapter.r 16
+
+Order of effects, because building `TrainingArguments` is not free of them:
+
+1. `import polar.run_config` imports trl, hence torch, transformers and peft. No engine, no process group, no device.
+2. `parse_run` reads file and command line and checks keys and types: still no side effect.
+3. It then builds `PolarTrainingConfig`, last. Its `__post_init__` first derives `gradient_accumulation_steps`, because
+   `TrainingArguments.__post_init__` (a) picks the device and, when a launcher started several processes, sets up the
+   process group, and (b) with `deepspeed` set copies batch sizes into the "auto" fields of the DeepSpeed config, where
+   ZeRO-3 is from then on seen by every `from_pretrained`. So the base model must be loaded *after* `parse_run`.
+4. `RunConfig.validate(world_size)` touches only the file system, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+import yaml
+from transformers.trainer_utils import SaveStrategy, SchedulerType
+from trl import SFTConfig
+
+from polar.config_parser import RunParser
+from polar.errors import UserError
+from polar.run_checks import check_deepspeed, check_run
+
+# Keys of SFTConfig / TrainingArguments that would do nothing, or harm, in a polar run, and what to write instead.
+REFUSED_KEYS = {
+    "model_init_kwargs": "write dtype, attn_implementation, load_in_4bit, ... as keys of their own",
+    "chat_template_path": "prompts come from `template`",
+    "dataset_text_field": "name columns with prompt_column and response_column",
+    "dataset_kwargs": "the data is tokenised by polar.data; see `dataset_format`",
+    "eos_token": "the tokenizer's own EOS ends each response",
+    "pad_token": "the tokenizer's own pad token is used, else its EOS",
+    "assistant_only_loss": "the loss covers the response only; `template` says where it begins",
+    "truncation_mode": "write on_too_long: drop, truncate or error",
+    "padding_free": "write packing: true",
+    "auto_find_batch_size": "the global batch is fixed; lower per_device_train_batch_size, accumulation follows",
+    "use_liger_kernel": "not supported by this trainer",
+    "liger_kernel_config": "not supported by this trainer",
+    "parallelism_config": "write deepspeed: FILE",
+    "fsdp": "write deepspeed: ds_configs/zero3.json",
+    "fsdp_config": "write deepspeed: ds_configs/zero3.json",
+    "do_train": "polar train always trains",
+    "do_eval": "give val_dataset or val_split",
+    "do_predict": "use polar eval",
+    "resume_from_checkpoint": "write --resume; it continues from the last checkpoint of output_dir",
+    "gradient_checkpointing_kwargs": "write activation_checkpointing_kwargs",
+}
+_ALWAYS_WRITTEN = {"per_device_train_batch_size", "num_train_epochs", "max_steps", "seed", "bf16", "optim"}
+_ALWAYS_WRITTEN |= {"max_grad_norm", "report_to"}
+_NEVER_WRITTEN = {"hub_token", "local_rank", "resume", "overwrite", "dry_run"}  # secrets, and what one start asks for
+T = TypeVar("T")
+
+
+@dataclass
+class ModelArguments:
+    """The frozen base model and its tokenizer."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder with config.json, or a name on the hub. Required."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub branch, tag or commit. null: main."})
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "Storage and compute dtype of the frozen base; factors stay float32."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2 (needs the flash-attn package)."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to NF4 with bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to int8 with bitsandbytes."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that ships with the model. Only for sources you trust."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Rows, prompts, and what happens to rows that do not fit. See `polar.data`."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    train_dataset: str | None = field(
+        default=None, metadata={"help": "File (.json, .jsonl, .parquet) or hub data set, `name` or `name:config`."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of a hub data set; ignored for files."})
+    val_dataset: str | None = field(
+        default=None, metadata={"help": "Like train_dataset, for validation. null: none. Not together with val_split."}
+    )
+    val_dataset_split: str = field(default="test", metadata={"help": "Split of val_dataset when it is a hub name."})
+    val_split: float = field(
+        default=0.0,
+        metadata={"help": "Held out from train_dataset by seed: below 1 a share, from 1 on a number of rows. 0: none."},
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Use the first N rows of the training file. null: all."}
+    )
+    dataset_format: Literal[
+        "auto", "prompt_completion", "query_response", "question_answer", "problem_solution", "instruction"
+    ] = field(default="auto", metadata={"help": "Which columns hold what; auto recognises it by their names."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Overrides the format's prompt column."})
+    input_column: str | None = field(default=None, metadata={"help": "Overrides the format's extra-input column."})
+    response_column: str | None = field(default=None, metadata={"help": "Overrides the format's response column."})
+    template: str = field(
+        default="alpaca", metadata={"help": "Name of a prompt template (polar/templates) or the path of a YAML file."}
+    )
+    calculator_marks: Literal["keep", "remove"] = field(
+        default="keep",
+        metadata={
+            "help": "GSM8K's <<48/2=24>> marks in responses. keep: rows as published, comparable with results on "
+            "the original data. remove: shorter responses in plain words."
+        },
+    )
+    on_too_long: Literal["drop", "truncate", "error"] = field(
+        default="drop",
+        metadata={
+            "help": "A row above max_length tokens. drop: leave it out. truncate: cut the response (it then gets no "
+            "EOS, so that the model does not learn to stop in the middle). Either way it is counted and reported."
+        },
+    )
+
+
+@dataclass
+class AdapterArguments:
+    """`peft_type` (POLAR, LORA, ...) and the fields of that PEFT config class."""
+
+    _argument_group_name: ClassVar[str] = "adapter"
+
+    adapter: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "A mapping: peft_type (default POLAR) and that method's own fields; single ones as --adapter.r 8 "
+            """or --adapter.target_modules '["q_proj", "v_proj"]'."""
+        },
+    )
+
+    @property
+    def peft_type(self) -> str:
+        """Upper-case name of the PEFT method."""
+        return str(self.adapter.get("peft_type", "POLAR")).upper()
+
+
+@dataclass
+class ManifoldArguments:
+    """The manifold step of PoLAR's Stiefel factors. See `polar.constrain`; without effect on other adapters."""
+
+    _argument_group_name: ClassVar[str] = "manifold step"
+
+    manifold_step: Literal["retract_polar", "retract_qr", "landing", "euclidean_penalty", "none"] = field(
+        default="retract_polar",
+        metadata={
+            "help": "retract_polar, retract_qr: exact. landing: the paper's. euclidean_penalty: its ablation. "
+            "none: unconstrained."
+        },
+    )
+    landing_penalty: float | None = field(
+        default=None,
+        metadata={"help": "lambda of landing or euclidean_penalty, only with these. null: constrain's default."},
+    )
+    landing_convention: Literal["textbook", "upstream"] | None = field(
+        default=None,
+        metadata={"help": "Which field lambda belongs to: upstream is the paper's code. null: textbook."},
+    )
+    manifold_execution: Literal["sharded", "gather"] = field(
+        default="sharded",
+        metadata={"help": "sharded: r x r sums over ranks. gather: whole factors, the slow reference."},
+    )
+
+
+@dataclass
+class PolarTrainingConfig(SFTConfig):
+    """TRL's SFTConfig with this project's defaults, and a global batch that is never quietly smaller."""
+
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows per optimizer step over all processes = per_device_train_batch_size x processes x "
+            "accumulation; accumulation is derived. null: per_device_train_batch_size x processes x accumulation."
+        },
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Micro batches per step. null: derived from global_batch_size, else 1."}
+    )
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of the adapter."})
+    theta_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of Theta alone. null: learning_rate."}
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "For Theta and other Euclidean parameters; never applied to X and Y."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Name of a transformers scheduler: cosine, linear, constant, ..."}
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: below 1 a share of all steps, from 1 on a number of steps."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Cutoff in tokens, prompt and response together. null: none. See on_too_long."}
+    )
+    completion_only_loss: bool | None = field(
+        default=True, metadata={"help": "Loss on the response only. false: on the prompt as well."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass: less memory, slower. null: off."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of activation_checkpointing; either works. null: off."}
+    )
+    save_strategy: SaveStrategy | str = field(default="steps", metadata={"help": "no, steps, epoch or best."})
+    save_steps: float = field(
+        default=500, metadata={"help": "Steps between checkpoints; below 1 a share of all steps."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP's search for parameters without gradient; every adapter has one here."}
+    )
+    resume: bool = field(
+        default=False,
+        compare=False,
+        metadata={"help": "Continue the run in output_dir from its last checkpoint; starts afresh if there is none."},
+    )
+    overwrite: bool = field(default=False, compare=False, metadata={"help": "Replace the run that output_dir holds."})
+    dry_run: bool = field(
+        default=False, compare=False, metadata={"help": "Validate everything and print what would run, then stop."}
+    )
+
+    def __post_init__(self) -> None:
+        """Derive accumulation, then let SFTConfig choose the device, the process group and the engine.
+
+        Raises:
+            UserError: the batch does not divide, or deepspeed is asked for and not installed.
+        """
+        self._raw = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+        if self.gradient_checkpointing is not None:  # before TrainingArguments warns that its own field is old
+            if self.activation_checkpointing not in (None, self.gradient_checkpointing):
+                raise UserError("gradient_checkpointing and activation_checkpointing differ: they are one switch")
+            self.activation_checkpointing = self.gradient_checkpointing
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, deepspeed and accelerate
+        self.global_batch_size, self.gradient_accumulation_steps = resolve_batch(
+            self.global_batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps, world_size
+        )
+        check_deepspeed(self.deepspeed)
+        if not torch.accelerator.is_available():
+            # Not a setting of the run, so not in `raw_values`: the same file trains on a GPU where there is one.
+            self.use_cpu = True
+        if self.use_cpu:
+            self.dataloader_pin_memory = False  # torch warns that there is nothing to pin for
+        super().__post_init__()
+
+    def raw_values(self) -> dict[str, Any]:
+        """Return each field as it was given, before TrainingArguments turned some into objects."""
+        return copy.deepcopy(self._raw)
+
+
+def resolve_batch(
+    global_batch_size: int | None, micro_batch_size: int, accumulation: int | None, world_size: int
+) -> tuple[int, int]:
+    """Return (global batch, accumulation) with global = micro batch x processes x accumulation.
+
+    Args:
+        global_batch_size: rows per optimizer step over all processes, or None: whatever the rest gives.
+        micro_batch_size: rows per process and forward pass.
+        accumulation: forward passes per step, or None: derived.
+        world_size: number of processes.
+
+    Raises:
+        UserError: a number below 1, or a global batch that does not divide; says the nearest ones that do.
+    """
+    for name, value in (
+        ("global_batch_size", global_batch_size),
+        ("per_device_train_batch_size", micro_batch_size),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    unit = micro_batch_size * world_size * (accumulation or 1)
+    if global_batch_size is None:
+        return unit, accumulation or 1
+    product = f"per_device_train_batch_size {micro_batch_size} x {world_size} processes"
+    if accumulation is not None:
+        if unit != global_batch_size:
+            raise UserError(
+                f"global_batch_size {global_batch_size} is not {product} x gradient_accumulation_steps {accumulation} "
+                f"= {unit}: leave gradient_accumulation_steps out, it is derived"
+            )
+        return global_batch_size, accumulation
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+        raise UserError(f"global_batch_size {global_batch_size} does not divide by {product} = {unit}: use {nearest}")
+    return global_batch_size, global_batch_size // unit
+
+
+@dataclass
+class RunConfig:
+    """All settings of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    adapter: AdapterArguments
+    manifold: ManifoldArguments
+    training: PolarTrainingConfig
+
+    def validate(self, world_size: int) -> None:
+        """Check everything that can be checked without loading weights; writes nothing.
+
+        Args:
+            world_size: number of processes that really run.
+
+        Raises:
+            UserError: one line that names the value and the fix.
+        """
+        check_run(self, world_size)
+
+    def to_yaml(self) -> str:
+        """Return a YAML file that `parse_run` reads back to an equal RunConfig on the same number of processes.
+
+        It holds every key that this project defines, a few that every reader looks for, and every other key that
+        differs from its library's default; secrets (`hub_token`) and what only one start asks for (`resume`,
+        `overwrite`, `dry_run`) are left out.
+        """
+        parts = []
+        for part in (self.model, self.data, self.adapter, self.manifold):
+            parts.append((part._argument_group_name, {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}))
+        parts.append(("training", self._training_values()))
+        blocks = []
+        for title, values in parts:
+            dumped = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+            blocks.append(f"# {title}\n{dumped}")
+        return "\n".join(blocks)
+
+    def _training_values(self) -> dict[str, Any]:
+        raw = self.training.raw_values()
+        raw["global_batch_size"] = self.training.global_batch_size
+        own = PolarTrainingConfig.__annotations__
+        values = {}
+        for f in dataclasses.fields(self.training):
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            listed = f.name in own or f.name in _ALWAYS_WRITTEN or raw.get(f.name) != default
+            if f.name in raw and listed and f.name not in _NEVER_WRITTEN:
+                values[f.name] = raw[f.name]
+        return values
+
+
+def parse_run(argv: Sequence[str]) -> RunConfig:
+    """Read `[--config FILE] [--key value ...] [--adapter.key value ...]` into a RunConfig.
+
+    Args:
+        argv: the command line without the program's name; `--local_rank=N`, which the `deepspeed` command adds, is
+            accepted.
+
+    Raises:
+        UserError: unknown key, wrong type, unreadable file, or values that TrainingArguments refuses.
+        SystemExit: for `--help`.
+    """
+    groups = (ModelArguments, DataArguments, AdapterArguments, ManifoldArguments)
+    parser = RunParser([*groups, PolarTrainingConfig], refused=REFUSED_KEYS, prog="python -m polar.train")
+    given = parser.read(argv)
+    model, data = _take(ModelArguments, given), _take(DataArguments, given)
+    adapter, manifold = _take(AdapterArguments, given), _take(ManifoldArguments, given)
+    _keep_the_best_by_validation(data, given)
+    if not {"bf16", "fp16"} & given.keys():  # SFTConfig would compute in bf16 whatever the base is stored in
+        given |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
+    try:
+        # SFTConfig has this key too; the two must not differ.
+        training = PolarTrainingConfig(**given, trust_remote_code=model.trust_remote_code)
+    except UserError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return RunConfig(model, data, adapter, manifold, training)
+
+
+def _take(group: type[T], given: dict[str, Any]) -> T:
+    """Build `group` from its keys in `given`, and remove them there."""
+    names = [f.name for f in dataclasses.fields(group)]  # type: ignore[arg-type]
+    return group(**{name: given.pop(name) for name in names if name in given})
+
+
+def _keep_the_best_by_validation(data: DataArguments, given: dict[str, Any]) -> None:
+    """With a validation set and no `eval_strategy`: evaluate at every checkpoint and keep the best by eval_loss."""
+    if "eval_strategy" in given or not (data.val_dataset or data.val_split):
+        return
+    saves = given.get("save_strategy", "steps")
+    given["eval_strategy"] = saves if saves in ("steps", "epoch") else "steps"
+    if given["eval_strategy"] == "steps":
+        given.setdefault("eval_steps", given.get("save_steps", PolarTrainingConfig.save_steps))
+    if saves != "no":
+        given.setdefault("load_best_model_at_end", True)
+        given.setdefault("metric_for_best_model", "eval_loss")
