@@ -1,0 +1,1 @@
+"""A complete run on generated problems: base model, PoLAR and LoRA under ZeRO-3, export, scores, report."""
