@@ -1,0 +1,160 @@
+"""The training command, started in the three ways that the README shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import polar  # noqa: F401  registers POLAR
+from tests.integration.commands import ROOT, deepspeed_train, metrics, python, torchrun_train, train
+
+# float32, the same rows in every step, sums over ranks in another order.
+LOSS_TOLERANCE = 1e-4
+STEPS = 14
+
+
+@dataclass
+class FinishedRun:
+    folder: Path
+    process: subprocess.CompletedProcess[str]
+
+
+def _settings(model: Path, rows: Path, output: Path) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--train_dataset", str(rows), "--output_dir", str(output)),
+        *("--dtype", "float32", "--template", "question_answer", "--val_split", "8", "--eval_steps", "7"),
+        *("--adapter.r", "5", "--adapter.target_modules", '["q_proj", "v_proj", "down_proj"]'),
+        *("--global_batch_size", "8", "--per_device_train_batch_size", "4", "--num_train_epochs", "2"),
+        *("--learning_rate", "1e-2", "--theta_learning_rate", "2e-2", "--weight_decay", "0.1"),
+        *("--logging_steps", "1", "--save_steps", "7"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_gemma3, tiny_rows) -> dict[str, FinishedRun]:
+    """The same settings on one process (2 x 4 accumulated), DDP and ZeRO-3 (2 ranks x 4)."""
+    folder = tmp_path_factory.mktemp("runs")
+    finished = {}
+    for name, start, extra in (
+        ("one", train, []),
+        ("ddp", torchrun_train, []),
+        ("zero3", deepspeed_train, ["--deepspeed", "ds_configs/zero3.json"]),
+    ):
+        output = folder / name
+        finished[name] = FinishedRun(output, start(*_settings(tiny_gemma3, tiny_rows, output), *extra))
+    return finished
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_engines_train_the_same_model(runs, engine) -> None:
+    """Independent computation: the same run on one process without any collective."""
+    for key, count in (("loss", STEPS), ("eval_loss", 2), ("grad_norm", STEPS)):
+        expected, found = metrics(runs["one"].folder, key), metrics(runs[engine].folder, key)
+        assert len(expected) == count
+        assert found == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    one, other = (load_file(runs[n].folder / "adapter" / "adapter_model.safetensors") for n in ("one", engine))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero3"])
+def test_run_learns_on_the_manifold(runs, engine) -> None:
+    run = runs[engine].folder
+    loss = metrics(run, "loss")
+    assert loss[-1] < loss[0] - 0.1
+    assert max(metrics(run, "orthonormality_error")) < 1e-5
+    assert min(metrics(run, "tokens_per_s")) > 0
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 3 * 3  # layers x modules x (X, Theta, Y)
+    for key, value in tensors.items():
+        assert value.dtype == torch.float32
+        if not key.endswith("polar_Theta"):
+            torch.testing.assert_close(value.T @ value, torch.eye(5), rtol=0, atol=1e-5)
+        else:
+            assert value.abs().max() > 1e-3
+
+
+def test_adapter_loads_and_acts(runs, tiny_gemma3) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gemma3)
+    ids = tokenizer("What is 3 + 4?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tiny_gemma3)
+        before = base(ids).logits.clone()
+        after = PeftModel.from_pretrained(base, runs["zero3"].folder / "adapter")(ids).logits
+    assert (after - before).abs().max() > 1e-2
+
+
+def test_run_folder_says_what_was_run(runs) -> None:
+    run = runs["zero3"].folder
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["adapter"]["r"] == 5
+    assert config["global_batch_size"] == 8
+    assert not {"overwrite", "resume", "dry_run"} & config.keys()
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["world_size"] == 2
+    assert provenance["engine"] == "DeepSpeed ZeRO-3"
+    assert provenance["versions"]["deepspeed"]
+    assert "--theta_learning_rate 2e-2" in provenance["command"]
+    assert json.loads((run / "data_report.json").read_text())["train"]["rows"] == 56
+    checkpoint = {path.name for path in (run / "checkpoint-14").iterdir()}
+    adapter_files = {"adapter_config.json", "adapter_model.safetensors"}
+    state_files = {"training_state.safetensors", "training_state.json", "random_state.json", "trainer_state.json"}
+    assert checkpoint == {*adapter_files, *state_files, "checkpoint.json"}
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero3"])
+def test_run_prints_no_warning(runs, engine) -> None:
+    process = runs[engine].process
+    lines = [line for line in (process.stdout + process.stderr).splitlines() if "warn" in line.lower()]
+    # The deepspeed launcher says, before our code runs, that there is no hostfile and that the accelerator is the CPU.
+    assert [line for line in lines if "runner.py" not in line and "real_accelerator.py" not in line] == []
+    if engine == "one":
+        assert process.stderr == ""
+        assert "off manifold" in process.stdout
+
+
+def test_second_start_in_the_same_folder_is_refused(runs, tiny_gemma3, tiny_rows) -> None:
+    run = runs["ddp"].folder
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = torchrun_train(*_settings(tiny_gemma3, tiny_rows, run), ok=False)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("polar: error:")]
+    assert len(errors) == 1, result.stderr  # two ranks, one line
+    assert "--overwrite" in errors[0]
+    assert "exitcode  : 2" in result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_zero3_partitions_the_base_while_it_is_read(tmp_path, tiny_gemma3, tiny_rows) -> None:
+    """Else every rank would hold all weights of a 27B model in host memory first."""
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys\n"
+        "from polar.launch import join_deepspeed, local_environment, shut_down\n"
+        "local_environment(sys.argv)\n"
+        "from polar.run_config import parse_run\n"
+        "from polar.build_model import build_model\n"
+        "config = parse_run(sys.argv[1:])\n"
+        "join_deepspeed()\n"
+        "model = build_model(config)\n"
+        "base = [p for n, p in model.named_parameters() if 'polar_' not in n]\n"
+        "assert base and all(hasattr(p, 'ds_id') and p.numel() == 0 for p in base)\n"
+        "print('partitioned', len(base))\n"
+        "shut_down()\n"
+    )
+    arguments = _settings(tiny_gemma3, tiny_rows, tmp_path / "run")
+    result = python(str(script), *arguments, "--deepspeed", str(tmp_path / "ds.json"))
+    assert "partitioned" in result.stdout
