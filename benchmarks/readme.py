@@ -1,0 +1,119 @@
+"""Write the table of measured numbers in README.md from benchmarks/results/*.json; `--check` only compares.
+
+Usage: python -m benchmarks.readme [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- measured: made by `python -m benchmarks.readme` -->", "<!-- end of measured -->"
+BASELINES = {
+    "landing_nxn": "n x n landing formula, as the paper's code computes it",
+    "svd": "projection + one SVD per factor",
+    "svd_batched": "projection + one batched SVD per shape",
+    "qr": "projection + one QR per factor",
+}
+
+
+def manifold_step(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/manifold_step.py."""
+    ms, scratch = result["ms"], result["scratch_mib"]
+    memory_layers = result["memory_note"].split()[2]
+    lines = [
+        f"**One manifold step over all {result['num_factors']} factors of Gemma-3-27B** (r = {result['r']}, fp32, one "
+        f"process, {_where(result)}); median of {ms['ours']['runs']} runs that alternate:",
+        "",
+        f"| method | ms | ours is faster by | scratch memory, MiB, on {memory_layers} layers |",
+        "|---|---:|---:|---:|",
+        f"| `retract_polar` (ours, exact) | {ms['ours']['median']:.0f} | | {scratch['ours']:.1f} |",
+        f"| `landing` (ours, r x r) | {ms['ours_landing']['median']:.0f} | | {scratch['ours_landing']:.1f} |",
+    ]
+    for method, text in BASELINES.items():
+        faster = result["times_faster_than"][method]
+        lines.append(f"| {text} | {ms[method]['median']:,.0f} | {faster:,.1f}x | {scratch[method]:,.1f} |")
+    return [
+        *lines,
+        "",
+        _how(result, f"The n x n formula was {result['landing_nxn_note'].replace('1 layers', '1 layer')}."),
+    ]
+
+
+def step_overhead(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/step_overhead.py."""
+    lines = [
+        f"**A whole training step** ({result['num_parameters'] / 1e6:.0f} M parameters, HF Trainer, AdamW, r = "
+        f"{result['r']}, {result['batch']} x {result['length']} tokens, {_where(result)}); median of "
+        f"{result['step_ms']['lora']['runs']} steps in {result['runs']} processes that alternate:",
+        "",
+        "| method | ms per step | beside LoRA | peak memory beside LoRA |",
+        "|---|---:|---:|---:|",
+    ]
+    names = {"lora": "PEFT LoRA", "polar": "PoLAR", "polar_no_step": "PoLAR without the manifold step"}
+    for method, name in names.items():
+        time = result["step_ms"][method]["median"] / result["step_ms"]["lora"]["median"]
+        memory = result["peak_mib"][method]["median"] / result["peak_mib"]["lora"]["median"]
+        lines.append(f"| {name} | {result['step_ms'][method]['median']:.0f} | {time:.3f}x | {memory:.3f}x |")
+    return [*lines, "", _how(result, "")]
+
+
+def manifold_comm(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/manifold_comm.py."""
+    lines = [
+        f"**What one manifold step sends**, {result['num_factors']} factors of Gemma-3-27B under ZeRO-3, r = "
+        f"{result['r']}; MiB that enter the collectives on each rank:",
+        "",
+        "| ranks | sharded | gather | sharded / gather | |",
+        "|---:|---:|---:|---:|---|",
+    ]
+    for row in result["bytes"]:
+        sharded, gather = row["sharded"] / 2**20, row["gather"] / 2**20
+        lines.append(
+            f"| {row['ranks']} | {sharded:.1f} | {gather:,.0f} | {100 * row['ratio']:.2f} % | {row['source']} |"
+        )
+    return [*lines, "", _how(result, "")]
+
+
+SECTIONS = {"manifold_step": manifold_step, "step_overhead": step_overhead, "manifold_comm": manifold_comm}
+
+
+def measured_section() -> str:
+    """The text between the markers: one part per result file, in the order of SECTIONS."""
+    parts = [BEGIN]
+    for name, section in SECTIONS.items():
+        for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}*.json")):
+            parts += ["", *section(json.loads(path.read_text(encoding="utf-8")))]
+    return "\n".join([*parts, "", END])
+
+
+def _where(result: dict[str, Any]) -> str:
+    if result["device"] != "cpu":
+        return str(result["device"])
+    return f"{result['cpu']}, {result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+
+
+def _how(result: dict[str, Any], note: str) -> str:
+    text = f"`{result['command']}`, commit {result['commit']}, torch {result['versions']['torch']}."
+    return f"{text} {note}".strip()
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = before + measured_section() + after
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            print("README.md does not show benchmarks/results: run python -m benchmarks.readme", file=sys.stderr)
+        return int(new != text)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
