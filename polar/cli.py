@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from polar.errors import UserError
 
@@ -60,5 +61,12 @@ def _import(command: str, module_name: str, extra: str):  # type: ignore[no-unty
         raise UserError(f"polar {command} needs {error.name}: pip install 'polar[{extra}]'") from error
 
 
+def command() -> NoReturn:
+    """Run the command line of this process."""
+    from polar.launch import end_process
+
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from polar.errors import UserError
 
@@ -91,6 +94,25 @@ def shut_down() -> None:
 
     if _is_distributed():
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Run the exit handlers and end the process, without tearing the interpreter down.
+
+    Engines keep process groups alive after `shut_down`, and with them gloo's threads (torch 2.13). Such a thread that
+    lets go of its last tensor while the interpreter finalises cannot take its lock any more, and the process aborts
+    ("terminate called without an active exception") after a run that was complete.
+
+    Args:
+        code: exit code.
+    """
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_distributed() -> bool:

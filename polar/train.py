@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polar.errors import UserError
-from polar.launch import from_main_process, join_deepspeed, local_environment, on_all_ranks, rank, shut_down
+from polar.launch import (
+    end_process,
+    from_main_process,
+    join_deepspeed,
+    local_environment,
+    on_all_ranks,
+    rank,
+    shut_down,
+)
 
 if TYPE_CHECKING:
     from polar.run_config import RunConfig
@@ -162,4 +170,4 @@ def _make_trainer(config: RunConfig, model: Any, tokenizer: Any, data: Any, iden
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
