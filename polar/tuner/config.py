@@ -10,6 +10,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from polar.errors import UserError
+from polar.stiefel import LandingConvention
+from polar.tuner.backward_field import BackwardField, BackwardFieldName
 
 ThetaKind = Literal["full", "diagonal", "identity"]
 ThetaInit = Literal["zeros", "identity"]
@@ -43,6 +45,16 @@ class PolarConfig(PeftConfig):
         init_weights: False also draws Theta at random, so that the adapter acts at once; for tests.
         fan_in_fan_out: True where the base weight is stored (d_in, d_out), as in transformers' Conv1D; it is set
             from the layer itself when the two disagree.
+        backward_field: what the layer's own backward makes of the gradients of X and Y, for loops that cannot call
+            `polar.constrain`: "none", their "tangent" projection, or the "landing" field. See
+            `polar.tuner.backward_field` for what differs.
+        landing_penalty: weight lambda of X (X^T X - I) in one step of the landing field, above 0, in
+            `landing_convention`.
+        landing_convention: "textbook", or "upstream" (the paper's code), see `polar.stiefel`.
+        gradient_accumulation_steps: micro batches of one step in the training loop. The loop divides its loss by them;
+            the penalty, which is no part of the loss, is divided here.
+        loss_scale: the static loss scale of fp16 training, which multiplies the penalty. None: fp16 is refused with
+            the landing field. A dynamic scale cannot be followed.
 
     Raises:
         UserError: a value that no layer could use.
@@ -81,6 +93,19 @@ class PolarConfig(PeftConfig):
     )
     init_weights: bool = field(default=True, metadata={"help": "False draws Theta at random, for tests."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "True where the base weight is (d_in, d_out)."})
+    backward_field: BackwardFieldName = field(
+        default="none", metadata={"help": "Field in the layer's backward: none, tangent or landing."}
+    )
+    landing_penalty: float | None = field(default=None, metadata={"help": "Penalty of the landing field, above 0."})
+    landing_convention: LandingConvention = field(
+        default="textbook", metadata={"help": "Convention of landing_penalty: textbook or upstream."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro batches per step of the training loop; divides landing_penalty."}
+    )
+    loss_scale: float | None = field(
+        default=None, metadata={"help": "Static loss scale of fp16 training; multiplies landing_penalty."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,17 +122,25 @@ class PolarConfig(PeftConfig):
         """Return s for one layer's rank and alpha."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def make_backward_field(self) -> BackwardField:
+        """Return the field of one backward pass."""
+        if self.backward_field != "landing":
+            return BackwardField(self.backward_field)
+        assert self.landing_penalty is not None  # checked
+        penalty = self.landing_penalty * (self.loss_scale or 1.0) / self.gradient_accumulation_steps
+        return BackwardField("landing", penalty, self.landing_convention, allows_fp16=self.loss_scale is not None)
+
     def _check(self) -> None:
         _check_choice("theta", self.theta, ThetaKind)
         _check_choice("init_theta", self.init_theta, ThetaInit)
         _check_choice("init_factors", self.init_factors, FactorInit)
         _check_choice("bias", self.bias, BiasKind)
         _check_rank("r", self.r)
-        _check_alpha("alpha", self.alpha)
+        _check_positive("alpha", self.alpha, "the scale of an adapter is alpha / r")
         for key, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in (self.alpha_pattern or {}).items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+            _check_positive(f"alpha_pattern[{key!r}]", alpha, "the scale of an adapter is alpha / r")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be a number in [0, 1), got {self.dropout!r}; 0 turns it off")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -119,6 +152,27 @@ class PolarConfig(PeftConfig):
             raise UserError(
                 f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; set both or neither"
             )
+        self._check_backward_field()
+
+    def _check_backward_field(self) -> None:
+        _check_choice("backward_field", self.backward_field, BackwardFieldName)
+        _check_choice("landing_convention", self.landing_convention, LandingConvention)
+        steps = self.gradient_accumulation_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise UserError(
+                f"gradient_accumulation_steps must be an integer from 1 on, got {steps!r}; give that of the loop"
+            )
+        if self.backward_field == "landing":
+            _check_positive("landing_penalty", self.landing_penalty, "1.0 is a common weight of the landing field")
+            if self.loss_scale is not None:
+                _check_positive("loss_scale", self.loss_scale, "give the static scale of the loop, or leave it out")
+            return
+        for name in ("landing_penalty", "landing_convention", "gradient_accumulation_steps", "loss_scale"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} does nothing with backward_field={self.backward_field!r}; leave "
+                    "it out, or set backward_field='landing'"
+                )
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:
@@ -131,9 +185,9 @@ def _check_rank(name: str, value: Any) -> None:
         raise UserError(f"{name} must be a positive integer, got {value!r}; 8, 16 and 32 are common ranks")
 
 
-def _check_alpha(name: str, value: Any) -> None:
+def _check_positive(name: str, value: Any, fix: str) -> None:
     if not _is_number(value) or not value > 0 or math.isinf(value):
-        raise UserError(f"{name} must be a positive number, got {value!r}; the scale of an adapter is alpha / r")
+        raise UserError(f"{name} must be a positive number, got {value!r}; {fix}")
 
 
 def _is_number(value: Any) -> bool:

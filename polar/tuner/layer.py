@@ -12,6 +12,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from polar.errors import UserError
+from polar.tuner.backward_field import BackwardField
 from polar.tuner.config import PolarConfig
 from polar.tuner.factors import fill_gaussian, fill_orthonormal, fill_singular, orthonormalise, was_orthonormal
 from polar.tuner.quantized import find_backend, whole
@@ -26,7 +27,7 @@ class PolarLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = ("polar_X", "polar_Theta", "polar_Y")
-    other_param_names = ("r", "alpha", "scaling", "polar_dropout")
+    other_param_names = ("r", "alpha", "scaling", "backward_field", "polar_dropout")
 
     if TYPE_CHECKING:  # PEFT ships no types
 
@@ -41,6 +42,7 @@ class PolarLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.backward_field: dict[str, BackwardField] = {}
         self.polar_dropout = nn.ModuleDict({})
         self.polar_X = nn.ParameterDict({})
         self.polar_Theta = nn.ParameterDict({})
@@ -66,6 +68,7 @@ class PolarLayer(BaseTunerLayer):
         self.r[adapter_name] = r
         self.alpha[adapter_name] = alpha
         self.scaling[adapter_name] = config.scaling(r, alpha)
+        self.backward_field[adapter_name] = config.make_backward_field()
         self.polar_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
         # A base layer on the meta device (a model that is only measured) gets its factors there: nothing to compute.
@@ -182,9 +185,11 @@ class PolarLinear(nn.Module, PolarLayer):
     def _add_adapter(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """Return result + s (x Y) Theta^T X^T with one output-sized tensor: the sum itself."""
         x = self.polar_dropout[adapter](x)
-        Y = self.polar_Y[adapter].to(x.dtype)
+        field = self.backward_field[adapter]
+        Y = field.attach(self.polar_Y[adapter]).to(x.dtype)
         h = self._scale(x.reshape(-1, x.shape[-1]) @ Y, adapter)  # (tokens, r)
-        X = self.polar_X[adapter].to(h.dtype)
+        field.check_dtype(h.dtype)
+        X = field.attach(self.polar_X[adapter]).to(h.dtype)
         if result.dtype == h.dtype:
             # One fused product and sum, out of place: ZeRO-3 and bitsandbytes return views that must not be written.
             return torch.addmm(result.reshape(-1, result.shape[-1]), h, X.mT).view(result.shape)
