@@ -15,11 +15,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from polar import stiefel
@@ -27,7 +27,9 @@ from polar.errors import UserError
 from polar.factor_batch import FactorBatch, batches_of
 from polar.gathered import GatheredBatch
 from polar.shards import FactorSlice, related_leaves, resolve
-from polar.steps import ManifoldStep, ManifoldStepName, make_step
+from polar.steps import ManifoldStep, ManifoldStepName, TangentField, make_step
+from polar.stiefel_adamw import StiefelAdamW, mean_squares
+from polar.updates import copy_values, momentum_slices, scale_updates
 
 ManifoldExecution = Literal["sharded", "gather"]
 FACTOR_NAMES = ("polar_X", "polar_Y")
@@ -45,6 +47,8 @@ def constrain(
     landing_penalty: float = 1.0,
     landing_convention: stiefel.LandingConvention = "textbook",
     manifold_execution: ManifoldExecution = "sharded",
+    project_momentum: bool = False,
+    reference_width: float | None = None,
 ) -> ManifoldHandle:
     """Keep the factors X and Y of every trainable PoLAR adapter in `model` on (or near) the Stiefel manifold.
 
@@ -59,6 +63,8 @@ def constrain(
             Euclidean penalty.
         landing_convention: `textbook` or `upstream` (the paper's code, twice the loss part), see `polar.stiefel`.
         manifold_execution: `sharded` works on r x r sums; `gather` sends whole factors: the reference, and slower.
+        project_momentum: after each step project the optimizer's momentum to the tangent space at the new factor.
+        reference_width: multiply the update of a factor with n rows by sqrt(reference_width / n), None: do not.
 
     Returns:
         A handle. It lives as long as the model; `remove()` ends the constraint.
@@ -71,9 +77,11 @@ def constrain(
     _check_choice("manifold_execution", manifold_execution, get_args(ManifoldExecution))
     if not landing_penalty >= 0:
         raise UserError(f"landing_penalty is {landing_penalty}: use a number >= 0")
-    return ManifoldHandle(
-        model, manifold_step, make_step(manifold_step, landing_penalty, landing_convention), manifold_execution
-    )
+    if reference_width is not None and not reference_width > 0:
+        raise UserError(f"reference_width is {reference_width}: use a width above 0, for example the hidden size")
+    step = make_step(manifold_step, landing_penalty, landing_convention)
+    step = replace(step, project_momentum=project_momentum, reference_width=reference_width)
+    return ManifoldHandle(model, manifold_step, step, manifold_execution)
 
 
 @dataclass
@@ -83,6 +91,7 @@ class _Firing:
     optimizer: torch.optim.Optimizer
     names: list[str]
     skipped: bool = False
+    before: list[Tensor] | None = None  # the factors before the step, where the update is to be scaled
 
 
 class ManifoldHandle:
@@ -110,9 +119,8 @@ class ManifoldHandle:
         self._parameters: dict[str, nn.Parameter] = {}
         self._slices: dict[str, FactorSlice] = {}
         self._is_resolved = False
-        self._owner: dict[int, list[str]] = {}
         self._related: set[int] = set()
-        self._batches: dict[tuple[str, ...], Sequence[FactorBatch | GatheredBatch]] = {}
+        self._batches: dict[tuple[Any, ...], Sequence[FactorBatch | GatheredBatch]] = {}
         self._updated: set[str] = set()
         self._factorless: set[int] = set()
         self._foreign_steps = 0
@@ -142,7 +150,7 @@ class ManifoldHandle:
             if container is not None and container in _claimed and _claimed[container]() is self:
                 del _claimed[container]
         self._containers, self._parameters, self._slices = [], {}, {}
-        self._batches, self._owner, self._in_flight = {}, {}, []
+        self._batches, self._in_flight = {}, []
 
     def check(self, *, step_was_skipped: bool = False) -> None:
         """Raise RuntimeError unless every trainable factor was updated since the last call. Call it after each step.
@@ -212,19 +220,22 @@ class ManifoldHandle:
         if same and self._is_resolved:
             return
         self._slices = resolve(parameters, model)
-        self._parameters, self._batches, self._owner = parameters, {}, {}
-        for name, item in self._slices.items():
-            self._owner.setdefault(id(item.leaf), []).append(name)
+        self._parameters, self._batches = parameters, {}
         self._related = {id(leaf) for leaf in related_leaves(model)}
         self._updated &= parameters.keys()
         self._is_resolved = True
 
-    def _batches_of(self, names: tuple[str, ...]) -> Sequence[FactorBatch | GatheredBatch]:
-        if names not in self._batches and self._execution == "gather":
-            self._batches[names] = [GatheredBatch([self._slices[name] for name in names])]
-        elif names not in self._batches:
-            self._batches[names] = batches_of([self._slices[name] for name in names])
-        return self._batches[names]
+    def _slices_of(self, firing: _Firing) -> list[FactorSlice]:
+        return [self._slices[name] for name in firing.names]
+
+    def _batches_of(self, firing: _Firing, *, of_momentum: bool = False) -> Sequence[FactorBatch | GatheredBatch]:
+        """The factors of a firing, with their gradients or with the momentum that the optimizer keeps for them."""
+        key = (*firing.names, id(firing.optimizer) if of_momentum else None)
+        if key not in self._batches:
+            slices: Sequence[FactorSlice] = self._slices_of(firing)
+            slices = momentum_slices(slices, firing.optimizer) if of_momentum else slices
+            self._batches[key] = batches_of(slices) if self._execution == "sharded" else [GatheredBatch(slices)]
+        return self._batches[key]
 
     # The two hooks.
 
@@ -239,11 +250,15 @@ class ManifoldHandle:
         firing = _Firing(optimizer, names, skipped=_overflowed(optimizer))
         self._in_flight.append(firing)
         if not names:
+            if not foreign:
+                self._tell_mean_squares(optimizer)  # it may stand inside a wrapper that has the field already
             if len(self._in_flight) == 1:
                 self._account_without_factors(optimizer, foreign)
             return None
         if self._updated & set(names):
             self._raise_if_incomplete()
+        if self._step.reference_width is not None and not firing.skipped:
+            firing.before = copy_values(self._slices_of(firing))
         return self._replace_gradients(firing, args, kwargs)
 
     def _replace_gradients(
@@ -272,32 +287,48 @@ class ManifoldHandle:
         firing = self._in_flight.pop()
         if not firing.names:
             return
-        if self._step.retraction is not None and not firing.skipped:
+        if not firing.skipped:
             with stiefel.full_precision():
-                for batch in self._batches_of(tuple(firing.names)):
-                    batch.retract(self._step.retraction)
+                self._finish_update(firing)
         self._foreign_steps = 0
         self._updated.update(firing.names)
         if self._updated == self._slices.keys():
             self.steps += 1
             self._updated.clear()
 
+    def _finish_update(self, firing: _Firing) -> None:
+        """After the optimizer: scale the update, retract, bring the momentum to the new tangent space."""
+        if firing.before is not None and self._step.reference_width is not None:
+            scale_updates(self._slices_of(firing), firing.before, self._step.reference_width)
+        if self._step.retraction is not None:
+            for batch in self._batches_of(firing):
+                batch.retract(self._step.retraction)
+        if self._step.project_momentum:
+            for batch in self._batches_of(firing, of_momentum=True):
+                batch.apply_field(TangentField(), 1.0)
+
     def _owned_by(self, optimizer: torch.optim.Optimizer) -> tuple[list[str], bool]:
         """Names of the factors that this optimizer steps and no enclosing one does; is it of another model?"""
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = _stepped_by(optimizer)
         outer = {name for firing in self._in_flight for name in firing.names}
-        names = [n for leaf in self._owner.keys() & stepped for n in self._owner[leaf] if n not in outer]
-        order = {name: position for position, name in enumerate(self._slices)}
-        return sorted(names, key=order.__getitem__), not stepped & self._related
+        names = [name for name, item in self._slices.items() if id(item.leaf) in stepped and name not in outer]
+        return names, not stepped & self._related
+
+    def _tell_mean_squares(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, StiefelAdamW):
+            stepped = _stepped_by(optimizer)
+            optimizer.set_mean_squares(mean_squares([s for s in self._slices.values() if id(s.leaf) in stepped]))
 
     def _apply_field(self, firing: _Firing) -> None:
-        if self._step.field is None or firing.skipped:
+        if firing.skipped:
             return
         scale = getattr(firing.optimizer, "grad_scale", None)  # fused optimizers get gradients times the loss scale
         bad = []
         with stiefel.full_precision():
-            for batch in self._batches_of(tuple(firing.names)):
-                bad += batch.apply_field(self._step.field, 1.0 if scale is None else scale)
+            if self._step.field is not None:
+                for batch in self._batches_of(firing):
+                    bad += batch.apply_field(self._step.field, 1.0 if scale is None else scale)
+            self._tell_mean_squares(firing.optimizer)
         if bad:
             warnings.warn(
                 f"step {self.steps + 1}: the gradient of {len(bad)} Stiefel factors is not finite and was set to zero, "
@@ -318,7 +349,7 @@ class ManifoldHandle:
                     "give the optimizer the model's own parameters, or call constrain() when the other training is over"
                 )
             return
-        leaves = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        leaves = _stepped_by(optimizer)
         if leaves & self._factorless:
             raise RuntimeError(
                 f"{type(optimizer).__name__} stepped parameters of the model twice and no optimizer held any of its "
@@ -335,6 +366,11 @@ class ManifoldHandle:
             f"{len(missing)} of {len(self._slices)} trainable Stiefel factors were not updated in the last step, first "
             f"{missing[0]}: they are in no optimizer that stepped. Create it after the adapter, or freeze them"
         )
+
+
+def _stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """`id` of each tensor that the optimizer steps."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,8 +9,8 @@ together with the tensor that the engine's optimizer really steps (the *leaf*) a
     ZeRO-3              the flat fp32 partition of its sub-group        rank * partition_numel, clipped to numel
     FSDP2               the parameter (DTensor), its local tensor       whole rows, unevenly, perhaps none
 
-A slice may begin and end inside a row, because ZeRO cuts where it likes. `cut_rows` names the rows that some boundary
-between two ranks cuts; every rank knows all of them, so that their pieces can travel in one reduction.
+A slice may begin and end inside a row, because ZeRO cuts where it likes. Every rank knows all `cuts`, so each can tell
+who holds the pieces of a cut row (`polar.cut_rows`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class FactorSlice:
         leaf: the tensor that the optimizer steps; it holds the values, and its `.grad` the gradient at that time.
         offset: where the range begins in the flattened local leaf.
         group: process group whose ranks together hold the factor once, or None when this rank holds all of it.
-        cut_rows: rows whose elements lie on more than one rank, ascending; the same on every rank of the group.
+        cuts: where in the flattening the slices of the group's ranks 1, 2, ... begin, ascending; those outside of
+            [0, n * r] cut nothing. The same on every rank; empty where ranks hold nothing but whole rows.
+        engine: who holds it, as `polar.compatibility` names engines.
     """
 
     name: str
@@ -51,7 +53,8 @@ class FactorSlice:
     leaf: Tensor
     offset: int
     group: dist.ProcessGroup | None
-    cut_rows: tuple[int, ...] = ()
+    cuts: Sequence[int] = ()
+    engine: str = "one process"
 
     @property
     def numel(self) -> int:
@@ -111,20 +114,28 @@ def related_leaves(model: nn.Module) -> list[Tensor]:
     return leaves
 
 
-def cut_rows_of(boundaries: list[int], n: int, r: int) -> tuple[int, ...]:
-    """Rows of an (n, r) factor that a cut of its flattening at one of `boundaries` splits."""
-    return tuple(sorted({boundary // r for boundary in boundaries if boundary % r and 0 < boundary < n * r}))
-
-
 def all_reduce(buffer: Tensor, group: dist.ProcessGroup) -> None:
     """Sum over the ranks of a group, in place; through the accelerator where offloaded values meet an NCCL group."""
-    devices = {device.type for device in group._device_types}
-    if buffer.device.type in devices:
-        dist.all_reduce(buffer, group=group)
-        return
-    moved = buffer.to(next(iter(devices)))
+    moved = _where_group_talks(buffer, group)
     dist.all_reduce(moved, group=group)
-    buffer.copy_(moved)
+    if moved is not buffer:
+        buffer.copy_(moved)
+
+
+def all_to_all(rows: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send rows to the ranks of a group, `num_sent[k]` to rank k in that order; return what they sent, likewise.
+
+    Through the accelerator as in `all_reduce`. Collective, also for a rank that has nothing to send.
+    """
+    moved = _where_group_talks(rows, group)
+    received = moved.new_empty(sum(num_received), *rows.shape[1:])
+    dist.all_to_all_single(received, moved, num_received, num_sent, group=group)
+    return received.to(rows.device)
+
+
+def _where_group_talks(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    devices = [device.type for device in group._device_types]
+    return tensor if tensor.device.type in devices else tensor.to(devices[0])
 
 
 def _local(tensor: Any) -> Tensor:
@@ -184,8 +195,8 @@ def _resolve_zero3(name: str, parameter: Any) -> FactorSlice:
     group, share, numel = parameter.ds_process_group, parameter.partition_numel(), n * r
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     start, end = min(rank * share, numel), min((rank + 1) * share, numel)
-    cuts = cut_rows_of([k * share for k in range(1, ranks)], n, r)
-    return FactorSlice(name, n, r, start, end, leaf, offset, group if ranks > 1 else None, cuts)
+    cuts = range(share, ranks * share, share)
+    return FactorSlice(name, n, r, start, end, leaf, offset, group if ranks > 1 else None, cuts, "ZeRO-3")
 
 
 def _resolve_zero12(name: str, parameter: Any, engine: Any) -> FactorSlice:
@@ -203,10 +214,12 @@ def _resolve_zero12(name: str, parameter: Any, engine: Any) -> FactorSlice:
                 group, share = engine.real_dp_process_group[index], engine.partition_size[index]
                 ranks, rank, numel = dist.get_world_size(group), dist.get_rank(group), n * r
                 start, end = (min(max(k * share - begin, 0), numel) for k in (rank, rank + 1))
-                cuts = cut_rows_of([k * share - begin for k in range(1, ranks)], n, r)
+                cuts = range(share - begin, ranks * share - begin, share)
                 leaf = engine.single_partition_of_fp32_groups[index]
                 offset = max(begin - rank * share, 0) if end > start else 0
-                return FactorSlice(name, n, r, start, end, leaf, offset, group if ranks > 1 else None, cuts)
+                group = group if ranks > 1 else None
+                stage = "ZeRO-2" if engine.partition_gradients else "ZeRO-1"
+                return FactorSlice(name, n, r, start, end, leaf, offset, group, cuts, stage)
     raise UserError(f"{name} is in no parameter group of the ZeRO optimizer: create the engine after the adapter")
 
 
@@ -226,4 +239,4 @@ def _resolve_fsdp2(name: str, parameter: Any) -> FactorSlice:
         start_row = min(rank * share, n)
         assert rows == min((rank + 1) * share, n) - start_row, (name, rows, start_row)
         group = group if ranks > 1 else None
-    return FactorSlice(name, n, r, start_row * r, (start_row + rows) * r, parameter, 0, group)
+    return FactorSlice(name, n, r, start_row * r, (start_row + rows) * r, parameter, 0, group, (), "FSDP2")

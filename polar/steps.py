@@ -105,14 +105,23 @@ class Retraction:
 
 @dataclass(frozen=True)
 class ManifoldStep:
-    """What happens before and after an optimizer step; None where nothing does."""
+    """What happens before and after an optimizer step; None where nothing does.
+
+    Attributes:
+        field: replaces the gradient.
+        retraction: follows the update.
+        project_momentum: then the optimizer's momentum is projected to the new tangent space.
+        reference_width: before the retraction, updates are scaled by the width of the factor; see `polar.updates`.
+    """
 
     field: Field | None
     retraction: Retraction | None
+    project_momentum: bool = False
+    reference_width: float | None = None
 
 
 def make_step(name: ManifoldStepName, penalty: float, convention: stiefel.LandingConvention) -> ManifoldStep:
-    """The manifold step of that name."""
+    """The manifold step of that name, without the options about the update."""
     if name == "retract_polar":
         return ManifoldStep(TangentField(), Retraction(stiefel.polar_core, stiefel.retract_polar))
     if name == "retract_qr":

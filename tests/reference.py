@@ -6,6 +6,7 @@ Shares no code with `polar`: numpy does the linear algebra and the gradients are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,16 @@ def qr_retraction(A: Array) -> Array:
 
 @dataclass
 class Adam:
-    """Kingma and Ba 2015, Algorithm 1, per parameter name."""
+    """Kingma and Ba 2015, Algorithm 1, per parameter name.
+
+    With `per_factor` the second moment of X and Y is one number, the mean of the squared gradient (Riemannian Adam).
+    """
 
     lr: float
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    per_factor: bool = False
     step_count: int = 0
     exp_avg: dict[str, Array] = field(default_factory=dict)
     exp_avg_sq: dict[str, Array] = field(default_factory=dict)
@@ -49,12 +54,37 @@ class Adam:
     def step(self, values: dict[str, Array], grads: dict[str, Array]) -> None:
         self.step_count += 1
         for name, grad in grads.items():
+            square = grad**2
+            if self.per_factor and not name.endswith("Theta"):
+                square = np.full_like(grad, square.mean())
             m = self.beta1 * self.exp_avg.get(name, np.zeros_like(grad)) + (1 - self.beta1) * grad
-            v = self.beta2 * self.exp_avg_sq.get(name, np.zeros_like(grad)) + (1 - self.beta2) * grad**2
+            v = self.beta2 * self.exp_avg_sq.get(name, np.zeros_like(grad)) + (1 - self.beta2) * square
             self.exp_avg[name], self.exp_avg_sq[name] = m, v
             corrected = m / (1 - self.beta1**self.step_count)
             scale = np.sqrt(v / (1 - self.beta2**self.step_count)) + self.eps
             values[name] = values[name] - self.lr * corrected / scale
+
+    @property
+    def momentum(self) -> dict[str, Array]:
+        return self.exp_avg
+
+
+@dataclass
+class Sgd:
+    """Heavy-ball momentum: m <- mu m + g, x <- x - lr m."""
+
+    lr: float
+    mu: float = 0.9
+    momentum_buffer: dict[str, Array] = field(default_factory=dict)
+
+    def step(self, values: dict[str, Array], grads: dict[str, Array]) -> None:
+        for name, grad in grads.items():
+            self.momentum_buffer[name] = self.mu * self.momentum_buffer.get(name, np.zeros_like(grad)) + grad
+            values[name] = values[name] - self.lr * self.momentum_buffer[name]
+
+    @property
+    def momentum(self) -> dict[str, Array]:
+        return self.momentum_buffer
 
 
 def network_gradients(
@@ -80,40 +110,50 @@ def network_gradients(
     return float((error**2).mean()), grads
 
 
+def field_of(name: str, X: Array, G: Array, penalty: float, convention: str) -> Array:
+    """What replaces the Euclidean gradient G of a factor, by the name of the manifold step."""
+    if name == "landing":
+        return landing_field(X, G, penalty, convention)
+    if name == "euclidean_penalty":
+        return G + penalty * X @ (X.T @ X - np.eye(X.shape[1]))
+    return G if name == "none" else tangent_project(X, G)
+
+
 def train(
     values: dict[str, Array],
     weights: list[Array],
     scales: list[float],
     batches: list[tuple[Array, Array]],
     *,
-    lr: float,
     manifold_step: str,
+    lr: float = 0.0,
+    optimizer: Adam | Sgd | None = None,
     penalty: float = 0.0,
     convention: str = "textbook",
     max_grad_norm: float | None = None,
-) -> tuple[dict[str, Array], Adam, list[float]]:
-    """Train and return the final values, the optimizer and the losses."""
-    values, adam, losses = dict(values), Adam(lr), []
+    project_momentum: bool = False,
+    reference_width: float | None = None,
+) -> tuple[dict[str, Array], Any, list[float]]:
+    """Train and return the final values, the optimizer (Adam with `lr` unless another is given) and the losses."""
+    values, optimizer, losses = dict(values), optimizer or Adam(lr), []
+    retraction = {"retract_polar": polar_factor, "retract_qr": qr_retraction}.get(manifold_step)
+    factors = [name for name in values if not name.endswith("Theta")]
     for inputs, targets in batches:
         loss, grads = network_gradients(values, weights, scales, inputs, targets)
         losses.append(loss)
         if max_grad_norm is not None:
             norm = np.sqrt(sum((grad**2).sum() for grad in grads.values()))
             grads = {name: grad * min(1.0, max_grad_norm / (norm + 1e-6)) for name, grad in grads.items()}
-        for name in grads:
-            if name.endswith("Theta") or manifold_step == "none":
-                continue
-            if manifold_step == "landing":
-                grads[name] = landing_field(values[name], grads[name], penalty, convention)
-            elif manifold_step == "euclidean_penalty":
-                X = values[name]
-                grads[name] = grads[name] + penalty * X @ (X.T @ X - np.eye(X.shape[1]))
-            else:
-                grads[name] = tangent_project(values[name], grads[name])
-        adam.step(values, grads)
-        retraction = {"retract_polar": polar_factor, "retract_qr": qr_retraction}.get(manifold_step)
-        if retraction is not None:
-            for name in values:
-                if not name.endswith("Theta"):
-                    values[name] = retraction(values[name])
-    return values, adam, losses
+        for name in factors:
+            grads[name] = field_of(manifold_step, values[name], grads[name], penalty, convention)
+        before = dict(values)
+        optimizer.step(values, grads)
+        for name in factors:
+            if reference_width is not None:
+                scale = np.sqrt(reference_width / values[name].shape[0])
+                values[name] = before[name] + scale * (values[name] - before[name])
+            if retraction is not None:
+                values[name] = retraction(values[name])
+            if project_momentum:
+                optimizer.momentum[name] = tangent_project(values[name], optimizer.momentum[name])
+    return values, optimizer, losses
