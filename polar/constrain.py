@@ -29,6 +29,7 @@ from polar.gathered import GatheredBatch
 from polar.shards import FactorSlice, related_leaves, resolve
 from polar.steps import ManifoldStep, ManifoldStepName, TangentField, make_step
 from polar.stiefel_adamw import StiefelAdamW, mean_squares
+from polar.tuner.backward_field import check_applied_once
 from polar.updates import copy_values, momentum_slices, scale_updates
 
 ManifoldExecution = Literal["sharded", "gather"]
@@ -70,7 +71,8 @@ def constrain(
         A handle. It lives as long as the model; `remove()` ends the constraint.
 
     Raises:
-        UserError: an unknown option, no Stiefel factor in the model, or factors that another constraint holds already.
+        UserError: an unknown option, no Stiefel factor in the model, factors that another constraint holds already,
+            or adapters whose `backward_field` applies the field already.
     """
     _check_choice("manifold_step", manifold_step, get_args(ManifoldStepName))
     _check_choice("landing_convention", landing_convention, get_args(stiefel.LandingConvention))
@@ -181,6 +183,7 @@ class ManifoldHandle:
     # Which factors there are, and which of them an optimizer steps.
 
     def _discover(self, model: nn.Module) -> None:
+        check_applied_once(model, self.manifold_step)
         known = {id(reference()) for _, reference in self._containers}
         for name, module in model.named_modules():
             if not isinstance(module, nn.ParameterDict) or name.rpartition(".")[2] not in FACTOR_NAMES:
@@ -219,6 +222,7 @@ class ManifoldHandle:
         )
         if same and self._is_resolved:
             return
+        check_applied_once(model, self.manifold_step)  # other adapters may be trained now
         self._slices = resolve(parameters, model)
         self._parameters, self._batches = parameters, {}
         self._related = {id(leaf) for leaf in related_leaves(model)}
