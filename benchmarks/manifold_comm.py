@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import polar.shards
 from benchmarks.manifold_step import PROJECTIONS
 from benchmarks.record import environment
+from polar.cut_rows import cut_rows_of
 from polar.factor_batch import batches_of
 from polar.gathered import GatheredBatch
-from polar.shards import FactorSlice, cut_rows_of
+from polar.shards import FactorSlice
 from polar.steps import make_step
 
 COUNTED_RANKS = (2, 3, 4)
@@ -46,16 +47,16 @@ def shapes(layers: int, r: int) -> list[tuple[int, int]]:
     return [(n, r) for projection in PROJECTIONS * layers for n in projection]
 
 
-def cuts(n: int, r: int, ranks: int) -> tuple[int, ...]:
-    """Rows of a factor that ZeRO-3's equal shares cut."""
+def cuts(n: int, r: int, ranks: int) -> range:
+    """Where ZeRO-3's equal shares cut a factor."""
     share = -(-n * r // ranks)
-    return cut_rows_of([k * share for k in range(1, ranks)], n, r)
+    return range(share, ranks * share, share)
 
 
 def formula(factors: list[tuple[int, int]], ranks: int) -> dict[str, int]:
     """Bytes that enter the collectives of one step, on each rank."""
     sums = sum(r * r for _, r in factors)
-    cut = sum(len(cuts(n, r, ranks)) * r for n, r in factors)
+    cut = sum(len(cut_rows_of(cuts(n, r, ranks), n, r)) * r for n, r in factors)
     return {"sharded": BYTES * (2 * sums + 3 * cut), "gather": BYTES * 3 * sum(n * r for n, r in factors)}
 
 

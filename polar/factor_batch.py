@@ -2,30 +2,29 @@
 
 Communication of one phase (projection or retraction), for F factors of rank r over a process group:
 
-    1. each rank adds up X^T X or X^T G over the whole rows that it holds                 F x r x r numbers
-    2. each rank writes its pieces of rows that a rank boundary cuts into a zero table    C x r numbers
-    3. one all-reduce over both, for all factors and all r at once (none where a rank holds everything)
-    4. the table now has whole rows: their outer products complete the sums
-    5. each rank multiplies its own rows, and its pieces of cut rows, by the r x r cores
+    1. each rank adds up X^T X or X^T G over the whole rows that it holds                     F x r x r numbers
+    2. its pieces of rows that a rank boundary cuts go to whom they concern (polar.cut_rows)
+    3. one all-reduce over the sums, for all factors and all r at once (none where a rank holds everything)
+    4. each rank multiplies its own rows, and its pieces of cut rows, by the r x r cores
 
-C is at most (world size - 1) per factor. Nothing of size n is sent and no factor is gathered.
+Nothing of size n is sent and no factor is gathered.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from polar import stiefel
+from polar.cut_rows import CutRows, CutRowsWay, Exchange, choose_way
 from polar.gathered import gather, not_finite, scatter
 from polar.shards import FactorSlice, all_reduce
 from polar.steps import Field, GradientSums, Retraction
-from polar.whole_rows import whole_row_range, whole_rows_of
+from polar.whole_rows import whole_rows_of
 
 # Above this condition number of X^T X one multiplication in fp32 leaves an error that a second one removes.
 REPEAT_CONDITION = 30.0
@@ -35,7 +34,7 @@ class Sums(NamedTuple):
     """Sums over all ranks for F factors of equal r; None where not asked for.
 
     `XtX` and `XtG` are (F, r, r); `GtG` (F,) is norm(G)_F^2, there when both others are. `cut_X` and `cut_G` (C, r) are
-    the cut rows, whole.
+    cut rows, whole: all of them, or those that this rank holds pieces of.
     """
 
     XtX: Tensor | None
@@ -45,76 +44,69 @@ class Sums(NamedTuple):
     cut_G: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """Pieces of cut rows in one leaf, that of `item`: element `source[i]` of it is element `slot[i]` of the table."""
-
-    item: FactorSlice
-    source: Tensor
-    slot: Tensor
-
-
 class EqualRankFactors:
     """F factors of equal r on one device whose rows are shared by one process group."""
 
-    def __init__(self, slices: Sequence[FactorSlice]) -> None:
+    def __init__(self, slices: Sequence[FactorSlice], way: CutRowsWay = "table") -> None:
         self.slices = list(slices)
         self.r = self.slices[0].r
         self.device = self.slices[0].device
+        self.cut_rows = CutRows(self.slices, way)
         self._rows = whole_rows_of(self.slices)
-        cut = [(position, row) for position, item in enumerate(self.slices) for row in item.cut_rows]
-        self.cut_factor = torch.tensor([position for position, _ in cut], dtype=torch.long, device=self.device)
-        self._pieces = self._plan_pieces({key: slot for slot, key in enumerate(cut)})
 
-    def buffer_numel(self, *, gram: bool, grad: bool) -> int:
-        """Numbers that one phase sends."""
-        F, C, r = len(self.slices), len(self.cut_factor), self.r
-        return F * r * r * (gram + grad) + F * (gram and grad) + C * r * (1 + grad)
+    def sums_numel(self, *, gram: bool, grad: bool) -> int:
+        """Numbers of one phase that are summed over the ranks, without cut rows."""
+        F, r = len(self.slices), self.r
+        return F * r * r * (gram + grad) + F * (gram and grad)
 
-    def local_sums(self, buffer: Tensor, *, gram: bool, grad: bool) -> Sums:
-        """Write this rank's sums into `buffer` (zeros, fp32) and return them as views of it."""
-        F, C, r = len(self.slices), len(self.cut_factor), self.r
-        sizes = [F * r * r * gram, F * r * r * grad, F * (gram and grad), C * r, C * r * grad]
-        XtX, XtG, GtG, cut_X, cut_G = buffer.split(sizes)
+    def local_sums(self, buffer: Tensor, tables: Tensor, *, gram: bool, grad: bool) -> Sums:
+        """Write this rank's part of the sums into zeros (fp32) and return them as views.
+
+        Args:
+            buffer: (sums_numel,), for the sums over whole rows.
+            tables: (1, C * r), or (2, C * r) with gradients, for the pieces of cut rows.
+            gram: whether X^T X is wanted.
+            grad: whether X^T G is wanted.
+        """
+        F, r = len(self.slices), self.r
+        XtX, XtG, GtG = buffer.split([F * r * r * gram, F * r * r * grad, F * (gram and grad)])
         sums = Sums(
             XtX.view(F, r, r) if gram else None,
             XtG.view(F, r, r) if grad else None,
             GtG if gram and grad else None,
-            cut_X.view(C, r),
-            cut_G.view(C, r) if grad else None,
+            tables[0].view(-1, r),
+            tables[1].view(-1, r) if grad else None,
         )
         self._rows.add_sums(sums.XtX, sums.XtG, sums.GtG)
-        for pieces in self._pieces:
-            cut_X[pieces.slot] = pieces.item.storage().view(-1)[pieces.source].float()
-            storage = pieces.item.grad_storage() if grad else None
-            if storage is not None:
-                cut_G[pieces.slot] = storage.view(-1)[pieces.source].float()
+        self.cut_rows.read(sums.cut_X, grad=False)
+        if sums.cut_G is not None:
+            self.cut_rows.read(sums.cut_G, grad=True)
         return sums
 
-    def complete(self, sums: Sums) -> None:
-        """After the all-reduce: add the outer products of the cut rows, which are whole now."""
-        if not len(self.cut_factor):
+    def add_cut_rows(self, sums: Sums) -> None:
+        """Add the outer products of the cut rows, which are whole now."""
+        if not len(self.cut_rows):
             return
         if sums.XtX is not None:
-            sums.XtX.index_add_(0, self.cut_factor, sums.cut_X[:, :, None] * sums.cut_X[:, None, :])
+            self.cut_rows.add_products(sums.XtX, sums.cut_X, sums.cut_X)
         if sums.XtG is not None and sums.cut_G is not None:
-            sums.XtG.index_add_(0, self.cut_factor, sums.cut_X[:, :, None] * sums.cut_G[:, None, :])
+            self.cut_rows.add_products(sums.XtG, sums.cut_X, sums.cut_G)
         if sums.GtG is not None and sums.cut_G is not None:
-            sums.GtG.index_add_(0, self.cut_factor, sums.cut_G.square().sum(1))
+            self.cut_rows.add_squares(sums.GtG, sums.cut_G)
 
     def apply_field(self, sums: Sums, A: Tensor | None, B: Tensor) -> None:
         """Replace the local gradients by `G A + X B`; A = None stands for the identity. A, B: (F, r, r) fp32."""
         self._rows.apply_field(A, B)
-        if len(self.cut_factor) and sums.cut_G is not None:
-            B_cut = B[self.cut_factor]
-            rows = sums.cut_G if A is None else (sums.cut_G[:, None] @ A[self.cut_factor])[:, 0]
-            self._store_pieces(rows + (sums.cut_X[:, None] @ B_cut)[:, 0], grad=True)
+        if len(self.cut_rows) and sums.cut_G is not None:
+            factor = self.cut_rows.factor
+            rows = sums.cut_G if A is None else (sums.cut_G[:, None] @ A[factor])[:, 0]
+            self.cut_rows.write(rows + (sums.cut_X[:, None] @ B[factor])[:, 0], grad=True)
 
     def apply_retraction(self, sums: Sums, M: Tensor) -> None:
         """Replace the local rows by `X M`; M: (F, r, r) fp32."""
         self._rows.apply_retraction(M)
-        if len(self.cut_factor):
-            self._store_pieces((sums.cut_X[:, None] @ M[self.cut_factor])[:, 0], grad=False)
+        if len(self.cut_rows):
+            self.cut_rows.write((sums.cut_X[:, None] @ M[self.cut_rows.factor])[:, 0], grad=False)
 
     def local_field(self, core: Callable[[Tensor], Tensor]) -> Tensor:
         """Gradients become G + X core(X^T G) where this rank holds all rows: no reduction. Returns X^T G."""
@@ -141,53 +133,55 @@ class EqualRankFactors:
         if grad is not None:
             grad.zero_()
 
-    def _store_pieces(self, rows: Tensor, *, grad: bool) -> None:
-        for pieces in self._pieces:
-            target = pieces.item.grad_storage() if grad else pieces.item.storage()
-            if target is not None:
-                target.view(-1)[pieces.source] = rows.reshape(-1)[pieces.slot].to(target.dtype)
-
-    def _plan_pieces(self, slot_of: dict[tuple[int, int], int]) -> list[_Pieces]:
-        by_leaf: dict[int, tuple[FactorSlice, list[int], list[int]]] = {}
-        for position, item in enumerate(self.slices):
-            first, last = whole_row_range(item)
-            outside = [*range(0, first), *range(last, item.numel)]
-            _, source, slot = by_leaf.setdefault(id(item.leaf), (item, [], []))
-            for element in outside:
-                row, column = divmod(item.start + element, self.r)
-                source.append(item.offset + element)
-                slot.append(slot_of[position, row] * self.r + column)
-        return [
-            _Pieces(item, torch.tensor(source, device=self.device), torch.tensor(slot, device=self.device))
-            for item, source, slot in by_leaf.values()
-            if source
-        ]
-
 
 class FactorBatch:
-    """All factors of one firing that share a process group and a device, of any r."""
+    """All factors of one firing that share a process group and a device, of any r.
 
-    def __init__(self, slices: Sequence[FactorSlice]) -> None:
+    Args:
+        slices: the factors; the same on every rank of the group, in the same order.
+        way: how cut rows become whole, None: as `choose_way` says. The same on every rank.
+    """
+
+    def __init__(self, slices: Sequence[FactorSlice], way: CutRowsWay | None = None) -> None:
         self.group = slices[0].group
         self.device = slices[0].device
+        self.way = choose_way(slices) if way is None else way
         by_r: dict[int, list[FactorSlice]] = {}
         for item in slices:
             by_r.setdefault(item.r, []).append(item)
-        self.parts = [EqualRankFactors(items) for _, items in sorted(by_r.items())]
+        self.parts = [EqualRankFactors(items, self.way) for _, items in sorted(by_r.items())]
+        self._exchange: Exchange | None = None
+        if self.group is not None and self.way == "neighbours":
+            self._exchange = Exchange([part.cut_rows for part in self.parts], self.group, self.device)
 
     def sums(self, *, gram: bool, grad: bool) -> list[Sums]:
-        """Sums over all ranks, one entry per r. Collective: one all-reduce where a group shares the factors."""
-        sizes = [part.buffer_numel(gram=gram, grad=grad) for part in self.parts]
-        buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        """Sums over all ranks, one entry per r.
+
+        Collective where a group shares the factors: one all-reduce, after one all-to-all in the way `neighbours`.
+        """
+        sizes = [part.sums_numel(gram=gram, grad=grad) for part in self.parts]
+        table_sizes = [len(part.cut_rows) * part.r for part in self.parts]
+        buffer = torch.zeros(sum(sizes) + (1 + grad) * sum(table_sizes), dtype=torch.float32, device=self.device)
+        sums_buffer, tables = buffer[: sum(sizes)], buffer[sum(sizes) :].view(1 + grad, sum(table_sizes))
         result = [
-            part.local_sums(piece, gram=gram, grad=grad)
-            for part, piece in zip(self.parts, buffer.split(sizes), strict=True)
+            part.local_sums(piece, table, gram=gram, grad=grad)
+            for part, piece, table in zip(
+                self.parts, sums_buffer.split(sizes), tables.split(table_sizes, 1), strict=True
+            )
         ]
+        if self._exchange is not None:
+            self._exchange.complete(tables)
+            self._add_cut_rows(result)
+            buffer = sums_buffer
         if self.group is not None:
             all_reduce(buffer, self.group)
-        for part, sums in zip(self.parts, result, strict=True):
-            part.complete(sums)
+        if self._exchange is None:
+            self._add_cut_rows(result)
         return result
+
+    def _add_cut_rows(self, result: list[Sums]) -> None:
+        for part, sums in zip(self.parts, result, strict=True):
+            part.add_cut_rows(sums)
 
     def apply_field(self, field: Field, scale: float | Tensor) -> list[str]:
         """Gradients become the field. Returns the names of factors whose gradient was not finite and is zero now.
@@ -248,9 +242,9 @@ def _retract_singular(part: EqualRankFactors, XtX: Tensor, condition: Tensor) ->
         scatter(item, stiefel.polar_factor(gather(item, item.values())))
 
 
-def batches_of(slices: Sequence[FactorSlice]) -> list[FactorBatch]:
+def batches_of(slices: Sequence[FactorSlice], way: CutRowsWay | None = None) -> list[FactorBatch]:
     """Split the factors of one firing by process group and device, in an order that is the same on every rank."""
     groups: dict[tuple[Any, ...], list[FactorSlice]] = {}
     for item in slices:
         groups.setdefault((item.group, item.device), []).append(item)
-    return [FactorBatch(members) for members in groups.values()]
+    return [FactorBatch(members, way) for members in groups.values()]

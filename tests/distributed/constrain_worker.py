@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import network
 
 import polar
+from polar.cut_rows import CutRowsWay
 from polar.factor_batch import FactorBatch
-from polar.shards import FactorSlice, cut_rows_of
+from polar.shards import FactorSlice
 
 CASES: list[dict[str, Any]] = [
     {"engine": "ddp", "manifold_step": "retract_polar"},
@@ -169,23 +170,24 @@ def whole(parameter: nn.Parameter, what: str, states: dict[Any, Any] | None) -> 
     return tensor.double().reshape(-1).tolist()
 
 
-def arbitrary_cuts(seed: int) -> dict[str, float]:
+def arbitrary_cuts(seed: int, way: CutRowsWay, group: dist.ProcessGroup) -> dict[str, float]:
     """FactorBatch on slices cut anywhere: empty ones, several cuts in one row, against the whole computation."""
     rng = np.random.default_rng(seed)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     wholes, slices = [], []
     for k, (n, r) in enumerate([(4, 4), (7, 3), (2, 2), (40, 5), (3, 1), (6, 5), (9, 5)]):
         X, G = torch.tensor(rng.standard_normal((2, n, r)), dtype=torch.float32)
         cuts = sorted(rng.integers(0, n * r + 1, ranks - 1).tolist())
         if k % 3 == 0:
             cuts = sorted(min(n * r, 1 + j) for j in range(ranks - 1))  # inside the first row, where r allows it
+        elif k == 1:
+            cuts = [10] * (ranks - 1)  # a row on the first and the last rank, those between hold nothing
         start, end = [0, *cuts][rank], [*cuts, n * r][rank]
         leaf = torch.cat([torch.full((k,), 9.0), X.reshape(-1)[start:end], torch.full((2,), 9.0)])  # with padding
         leaf.grad = torch.cat([torch.full((k,), 9.0), G.reshape(-1)[start:end], torch.full((2,), 9.0)])
         wholes.append((X, G))
-        group = dist.group.WORLD
-        slices.append(FactorSlice(f"f{k}", n, r, start, end, leaf, k, group, cut_rows_of(cuts, n, r)))
-    batch = FactorBatch(slices)
+        slices.append(FactorSlice(f"f{k}", n, r, start, end, leaf, k, group, cuts))
+    batch = FactorBatch(slices, way)
     worst = {"sums": 0.0, "field": 0.0, "retraction": 0.0, "padding": 0.0}
     order = [item for part in batch.parts for item in part.slices]
     cores = [torch.tensor(rng.standard_normal((3, len(p.slices), p.r, p.r)), dtype=torch.float32) for p in batch.parts]
@@ -193,7 +195,8 @@ def arbitrary_cuts(seed: int) -> dict[str, float]:
         for k, item in enumerate(part.slices):
             X, G = wholes[int(item.name[1:])]
             difference = max((sums.XtX[k] - X.T @ X).abs().max(), (sums.XtG[k] - X.T @ G).abs().max())
-            worst["sums"] = max(worst["sums"], difference.item())
+            relative = (sums.GtG[k] / G.square().sum() - 1).abs()
+            worst["sums"] = max(worst["sums"], difference.item(), relative.item())
         part.apply_field(sums, A, B)
     for part, sums, (_, _, M) in zip(batch.parts, batch.sums(gram=True, grad=False), cores, strict=True):
         part.apply_retraction(sums, M)
@@ -214,6 +217,16 @@ def arbitrary_cuts(seed: int) -> dict[str, float]:
     return worst
 
 
+def all_arbitrary_cuts() -> list[dict[str, float]]:
+    """Both ways for cut rows, in the group of all ranks and, on four, in pairs whose ranks are not the global ones."""
+    groups = [dist.group.WORLD]
+    if dist.get_world_size() == 4:
+        pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        groups.append(pairs[dist.get_rank() % 2])
+    ways = get_args(CutRowsWay)
+    return [arbitrary_cuts(seed, way, group) for group in groups for way in ways for seed in range(5)]
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -221,7 +234,7 @@ def main() -> None:
         from polar.launch import join_deepspeed
 
         join_deepspeed()  # without compiling DeepSpeed's own all-reduce
-    cuts = [arbitrary_cuts(seed) for seed in range(5)]
+    cuts = all_arbitrary_cuts()
     for number, case in enumerate(CASES):
         result = {"case": case, **run_case(case)}
         if dist.get_rank() == 0:
