@@ -18,8 +18,8 @@ What differs from `constrain`, and cannot be had here:
 - Clipping acts on the field, in `constrain` on G. Gradients are averaged over ranks (DDP, DeepSpeed, FSDP2 do); where a
   loop sums them, the penalty is larger by the number of ranks.
 - Nothing retracts: factors only stay near the manifold. `constrain(model, "retract_polar")` may be added to a tangent
-  field, whose projection is idempotent. Engines that compute with bf16 copies of the factors see
-  X^T X - I with an error of 4e-3, below which the penalty cannot push.
+  field, whose projection is idempotent. Where an engine hands bf16 copies of the factors to the layer, X^T X - I has a
+  rounding of norm 1e-3 to 2e-3 (measured, n = 64 to 5376), below which the penalty cannot push.
 """
 
 from __future__ import annotations

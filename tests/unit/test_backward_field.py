@@ -204,6 +204,20 @@ def test_the_penalty_does_not_act_while_the_gradient_is_zero() -> None:
     assert layer.polar_Theta["default"].grad.any()
 
 
+def test_the_penalty_comes_once_per_use_of_the_layer() -> None:
+    """The documented limits: one of two micro batches without the layer, and one forward pass that calls it twice."""
+    torch.manual_seed(4)
+    x, other = torch.randn(2, 4, 13)
+    for accumulation, inputs, penalty_factor in ((2, [x], 0.5), (1, [x, other], 2.0)):
+        plain = adapted({}).base_model.model.first
+        ours = adapted(FIELDS[1], gradient_accumulation_steps=accumulation).base_model.model.first
+        for layer in (plain, ours):
+            sum(layer(each).square().sum() for each in inputs).backward()
+        X, G = plain.polar_X["default"].detach(), plain.polar_X["default"].grad
+        want = textbook_field(X.double().numpy(), G.double().numpy(), FIELDS[1], penalty_factor)
+        assert_close(ours.polar_X["default"].grad, want)
+
+
 def test_without_gradients_the_forward_is_untouched() -> None:
     x = torch.randn(3, 13)
     with torch.no_grad():
