@@ -53,23 +53,25 @@ class BackwardField:
     convention: stiefel.LandingConvention = "textbook"
     allows_fp16: bool = True
 
-    def attach(self, factor: Tensor) -> Tensor:
-        """Return a view of a factor (n, r) whose gradient reaches the factor as the field."""
+    def attach(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a view of a factor (n, r) whose gradient reaches the factor as the field.
+
+        Args:
+            factor: (n, r), whole.
+            dtype: that of the products it goes into; the backward raises a UserError for fp16 of unknown loss scale.
+        """
         if self.name == "none" or not torch.is_grad_enabled() or not factor.requires_grad:
             return factor
-        view: Tensor = _FieldOfGradient.apply(factor, self)
+        view: Tensor = _FieldOfGradient.apply(factor, self, dtype)
         return view
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Refuse to train in fp16, whose loss scale this field cannot see.
-
-        Args:
-            dtype: that of the adapter's products.
+        """Refuse gradients of fp16 products, whose loss scale this field cannot see.
 
         Raises:
             UserError: fp16, and the configuration names no loss scale.
         """
-        if dtype == torch.float16 and not self.allows_fp16 and torch.is_grad_enabled():
+        if dtype == torch.float16 and not self.allows_fp16:
             raise UserError(
                 "backward_field='landing' cannot see the loss scale of fp16 training, which its penalty has to be "
                 "multiplied by: train in bf16, use backward_field='tangent', or give a static scale as loss_scale"
@@ -80,19 +82,20 @@ class _FieldOfGradient(torch.autograd.Function):
     """The identity, with a backward that turns the gradient G of a factor X into a field at X."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, field: BackwardField) -> Tensor:
+    def forward(ctx: Any, X: Tensor, field: BackwardField, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(X)
-        ctx.field = field
+        ctx.field, ctx.dtype = field, dtype
         return X.view_as(X)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None]:
         (X,) = ctx.saved_tensors
         field: BackwardField = ctx.field
         if field.name == "tangent":
-            return _tangent_field(X, G), None
-        return _landing_field(X, G, field.penalty, field.convention), None
+            return _tangent_field(X, G), None, None
+        field.check_dtype(ctx.dtype)
+        return _landing_field(X, G, field.penalty, field.convention), None, None
 
 
 # Operators of their own, because `full_precision` sets what torch.compile cannot trace: it takes an operator as it is.

@@ -186,10 +186,9 @@ class PolarLinear(nn.Module, PolarLayer):
         """Return result + s (x Y) Theta^T X^T with one output-sized tensor: the sum itself."""
         x = self.polar_dropout[adapter](x)
         field = self.backward_field[adapter]
-        Y = field.attach(self.polar_Y[adapter]).to(x.dtype)
+        Y = field.attach(self.polar_Y[adapter], x.dtype).to(x.dtype)
         h = self._scale(x.reshape(-1, x.shape[-1]) @ Y, adapter)  # (tokens, r)
-        field.check_dtype(h.dtype)
-        X = field.attach(self.polar_X[adapter]).to(h.dtype)
+        X = field.attach(self.polar_X[adapter], h.dtype).to(h.dtype)
         if result.dtype == h.dtype:
             # One fused product and sum, out of place: ZeRO-3 and bitsandbytes return views that must not be written.
             return torch.addmm(result.reshape(-1, result.shape[-1]), h, X.mT).view(result.shape)

@@ -237,12 +237,12 @@ def test_fp16_without_a_loss_scale_is_refused_for_landing_only() -> None:
     with pytest.raises(UserError, match="loss scale of fp16") as caught:
         run_fp16_with_a_loss_scale(adapted(FIELDS[1]), x)
     assert "\n" not in str(caught.value)
+    model = adapted(FIELDS[1])
+    with pytest.raises(UserError, match="loss scale of fp16"), torch.autocast("cpu", torch.float16):
+        model(x).float().square().sum().backward()
+    with torch.autocast("cpu", torch.float16):
+        model(x)  # a forward pass alone is no training
     run_fp16_with_a_loss_scale(adapted(FIELDS[0]), x)  # a tangent projection does not see the scale
-    with torch.no_grad():
-        model = adapted(FIELDS[1])
-        for module in (m for m in model.modules() if type(m) is nn.Linear):
-            module.to(torch.float16)
-        model(x.half())  # nor does inference
 
 
 def test_the_options_are_saved_with_the_adapter_and_come_back(tmp_path: Path) -> None:
