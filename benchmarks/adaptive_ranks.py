@@ -206,9 +206,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for _ in range(arguments.runs):
         for method, count in [(name, n) for name in ("ours", *BASELINES) for n in counts]:
             result = child(arguments, folder, method, layers, count)
-            seconds.setdefault(method if method == "ours" else f"{method}_{count}_threads", []).append(
-                result["seconds"]
-            )
+            for key, found in seconds.items():
+                found.setdefault(f"{method}_{count}_threads", []).append(result[key])
             number = result["num_weights"]
     memory = {
         "ours": child(arguments, folder, "ours", total, threads)["peak_mib"],

@@ -99,7 +99,7 @@ def _lower_gram(W: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     panel = max(MIN_PANEL, math.ceil(M / NUM_PANELS))
     G = torch.zeros(M, M, dtype=dtype, device=W.device)
     for start in range(0, tall.shape[0], CHUNK_ROWS):
-        rows = tall[start : start + CHUNK_ROWS].to(dtype) * scale
+        rows = tall[start : start + CHUNK_ROWS].to(dtype, copy=True).mul_(scale)
         for first in range(0, M, panel):
             last = min(M, first + panel)
             G[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
@@ -215,10 +215,14 @@ def read_spectra(
         workers, "spectra", initializer=torch.set_num_threads, initargs=(1 if workers > 1 else limit,)
     ) as pool:
         try:
-            hashes = dict(zip(by_file, pool.map(lambda file: cache.file_hash(Path(file)), by_file), strict=True))
+            hashes = {}
+            with _Progress("files hashed", len(by_file)) as progress:
+                for file, value in zip(by_file, pool.map(cache.file_hash, map(Path, by_file)), strict=True):
+                    hashes[file] = value
+                    progress.step()
             known = {file: cache.load(hashes[file], precision) for file in by_file}
             num_cached = sum(weight.entry.name in known[weight.entry.file] for weight in weights)
-            with _Progress(len(weights), num_cached) as progress:
+            with _Progress("weights measured", len(weights), num_cached) as progress:
                 for file, stored in by_file.items():
                     todo = [weight for weight in stored if weight.entry.name not in known[file]]
                     todo.sort(key=lambda weight: -weight.entry.num_bytes)  # the largest first keeps all threads busy
@@ -262,11 +266,13 @@ def _read(entry: TensorEntry) -> Tensor:
 
 
 class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
+    """A bar on a terminal, a line every ten seconds elsewhere; nothing for what is done at once."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
-        self.bar = tqdm(total=total, initial=done, unit="weight", dynamic_ncols=True) if sys.stderr.isatty() else None
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.done = what, total, done
+        self.bar = None
+        if sys.stderr.isatty() and done < total:
+            self.bar = tqdm(total=total, initial=done, desc=what, dynamic_ncols=True, delay=1, leave=False)
         self.start = self.last = time.monotonic()
 
     def __enter__(self) -> _Progress:
@@ -283,4 +289,4 @@ class _Progress:
             self.bar.update()
         elif now - self.last >= LINE_INTERVAL_S:
             self.last = now
-            print(f"spectra: {self.done}/{self.total} weights, {now - self.start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{self.what}: {self.done}/{self.total}, {now - self.start:.0f} s", file=sys.stderr, flush=True)

@@ -68,6 +68,9 @@ def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(ranks, dict) or ranks.get("format") != FORMAT:
         found = ranks.get("format") if isinstance(ranks, dict) else type(ranks).__name__
         raise UserError(f"rank file {file}: format {found!r}, need {FORMAT!r}; make it again with polar ranks")
+    missing = {"r", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules"} - ranks.keys()
+    if missing:
+        raise UserError(f"rank file {file}: has no {min(missing)}; make it again with polar ranks")
     wrong = [name for name, value in ranks["modules"].items() if value["selected"] and not _is_rank(value.get("r"))]
     if wrong:
         raise UserError(f"rank file {file}: {wrong[0]} has r = {ranks['modules'][wrong[0]].get('r')!r}, need r >= 1")

@@ -79,7 +79,7 @@ def compute_ranks(
         UserError: whatever the user can fix, before anything is written.
     """
     settings = settings or RankSettings()
-    workers = workers or (len(os.sched_getaffinity(0)) if device == "cpu" else 2)
+    workers = workers or (_num_cores() if device == "cpu" else 2)
     base = describe_base(model, revision)
     weights = find_weights(base, revision, settings.include, settings.exclude)
     sizes = [LayerSize(w.name, base.linears[w.name].d_out, base.linears[w.name].d_in) for w in weights]
@@ -99,6 +99,13 @@ def compute_ranks(
         "commit": source_commit(),
     }
     return rank_file(measures, ranks, settings, module_names, provenance), measures
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _measure(
@@ -168,7 +175,7 @@ def rank_file(
         modules[size.name] = {
             "selected": r is not None,
             "r": r,
-            "alpha": None if r is None else settings.alpha_factor * r,
+            "alpha": None if r is None else _alpha(settings, r),
             "score": score,
             "alpha_hill": law.alpha,
             "x_min": law.x_min,
@@ -186,16 +193,22 @@ def rank_file(
     return {
         "format": FORMAT,
         "r": max(selected.values()),
-        "alpha": settings.alpha_factor * max(selected.values()),
+        "alpha": _alpha(settings, max(selected.values())),
         "target_modules": target_pattern(selected),
         "rank_pattern": {keys[name]: r for name, r in selected.items()},
-        "alpha_pattern": {keys[name]: settings.alpha_factor * r for name, r in selected.items()},
+        "alpha_pattern": {keys[name]: _alpha(settings, r) for name, r in selected.items()},
         "num_parameters": total,
         "budget": budget_parameters(settings, sizes),
         "settings": dataclasses.asdict(settings),
         "provenance": provenance,
         "modules": modules,
     }
+
+
+def _alpha(settings: RankSettings, r: int) -> int | float:
+    """alpha_factor * r, as an integer where it is one: PEFT declares lora_alpha so."""
+    alpha = settings.alpha_factor * r
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def default_cache() -> Path:

@@ -327,6 +327,9 @@ def test_only_a_rank_file_is_replaced(base: Path, tmp_path: Path, capsys) -> Non
         assert max(selected_ranks(read_rank_file(out)).values()) == int(r_max)
 
 
+INCOMPLETE = '{"format": "polar-ranks-1", "r": 4}'
+
+
 def test_rank_file_of_another_model(base: Path, tmp_path: Path) -> None:
     content, _ = compute_ranks(str(base), ALL)
     names = {name for name, _ in describe_base(str(base)).model.named_modules()}
@@ -338,7 +341,12 @@ def test_rank_file_of_another_model(base: Path, tmp_path: Path) -> None:
         check_rank_file(content, others)
     with pytest.raises(UserError, match="peft_type IA3"):
         adapter_settings(content, "IA3")
-    for text, message in (("{", "not JSON"), ("[]", "format 'list'"), (None, "No such file")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "format 'list'"),
+        (None, "No such file"),
+        (INCOMPLETE, "has no alpha;"),
+    ):
         file = tmp_path / "bad.json"
         file.unlink(missing_ok=True)
         if text is not None:
