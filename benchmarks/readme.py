@@ -61,24 +61,64 @@ def step_overhead(result: dict[str, Any]) -> list[str]:
     return [*lines, "", _how(result, "")]
 
 
+def manifold_step_distributed(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/manifold_step_distributed.py."""
+    ms, faster = result["ms"], result["times_faster_than"]
+    names = {
+        "sharded": "`sharded` (ours)",
+        "gather": "`gather` (ours, whole factors)",
+        "user": "by hand: GatheredParameters and one SVD per factor",
+    }
+    lines = [
+        f"**The manifold step on {result['ranks']} ranks**, {result['num_factors']} factors of Gemma-3-27B in a "
+        f"DeepSpeed ZeRO-3 engine (r = {result['r']}, fp32, gloo, {_where(result)} per rank); median of "
+        f"{ms['sharded']['step']['runs']} runs that alternate:",
+        "",
+        "| method | field, ms | retraction, ms | both, ms (min to max) | `sharded` is faster by |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, name in names.items():
+        field, retraction, step = (ms[method][phase] for phase in ("field", "retraction", "step"))
+        ratio = f"{faster[method]['step']:.1f}x" if method in faster else ""
+        lines.append(
+            f"| {name} | {field['median']:,.0f} | {retraction['median']:,.0f} | {step['median']:,.0f} "
+            f"({step['min']:,.0f} to {step['max']:,.0f}) | {ratio} |"
+        )
+    difference = max(value for of in result["max_difference_from_user"].values() for value in of.values())
+    note = f"Largest difference between the methods: {difference:.1e}."
+    if not result["gathered_parameters_reach_the_master"]:
+        note += (
+            " By hand only the compute copy is changed: DeepSpeed's next step overwrites it from the fp32 master, so "
+            "code that works needs one more write per factor."
+        )
+    return [*lines, "", _how(result, note)]
+
+
 def manifold_comm(result: dict[str, Any]) -> list[str]:
     """Lines about benchmarks/manifold_comm.py."""
     lines = [
         f"**What one manifold step sends**, {result['num_factors']} factors of Gemma-3-27B under ZeRO-3, r = "
-        f"{result['r']}; MiB that enter the collectives on each rank:",
+        f"{result['r']}; MiB that each rank hands to collectives and messages. Rows cut between ranks travel in a "
+        "table of the all-reduce or between neighbours, whichever sends less:",
         "",
-        "| ranks | sharded | gather | sharded / gather | |",
-        "|---:|---:|---:|---:|---|",
+        "| ranks | cut rows in a table | between neighbours | chosen | gather | chosen / gather | |",
+        "|---:|---:|---:|---|---:|---:|---|",
     ]
     for row in result["bytes"]:
-        sharded, gather = row["sharded"] / 2**20, row["gather"] / 2**20
+        table, neighbours, gather = (row[key] / 2**20 for key in ("table", "neighbours", "gather"))
         lines.append(
-            f"| {row['ranks']} | {sharded:.1f} | {gather:,.0f} | {100 * row['ratio']:.2f} % | {row['source']} |"
+            f"| {row['ranks']} | {table:.1f} | {neighbours:.1f} | {row['way']} | {gather:,.0f} | "
+            f"{100 * row['ratio']:.2f} % | {row['source']} |"
         )
     return [*lines, "", _how(result, "")]
 
 
-SECTIONS = {"manifold_step": manifold_step, "step_overhead": step_overhead, "manifold_comm": manifold_comm}
+SECTIONS = {
+    "manifold_step": manifold_step,
+    "manifold_step_distributed": manifold_step_distributed,
+    "step_overhead": step_overhead,
+    "manifold_comm": manifold_comm,
+}
 
 
 def measured_section() -> str:
@@ -86,7 +126,8 @@ def measured_section() -> str:
     parts = [BEGIN]
     for name, section in SECTIONS.items():
         for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}*.json")):
-            parts += ["", *section(json.loads(path.read_text(encoding="utf-8")))]
+            if max((other for other in SECTIONS if path.stem.startswith(other)), key=len) == name:
+                parts += ["", *section(json.loads(path.read_text(encoding="utf-8")))]
     return "\n".join([*parts, "", END])
 
 
