@@ -8,7 +8,12 @@
       trainer_state.json                               the Trainer's own: step, epoch, logs, best metric
       checkpoint.json                                  written last: size and SHA-256 of each file
 
-The folder gets its name when it is complete and was read back. No pickle, and no weight of the base model.
+The folder gets its name when it is complete, was read back and lies on the disk; until then it is called
+`.checkpoint-N.incomplete-XXXXXXXX`, so the marker of an unfinished checkpoint is its name, which a POSIX file system
+changes at once or not at all. Where a rename is no such thing (object stores mounted as folders copy file by file),
+checkpoint.json decides: it is the last file written, and a folder that lacks it, or any file that it lists, is skipped.
+No pickle and no weight of the base model: for each trained element its fp32 value, the moments, and the value once more
+for PEFT (16 bytes with Adam), and JSON that does not grow with the model.
 """
 
 from __future__ import annotations
@@ -19,7 +24,6 @@ import hashlib
 import json
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polar.errors import UserError
-from polar.files import atomic_directory, write_json
+from polar.files import atomic_directory, remove_directory, write_json
 
 if TYPE_CHECKING:
     from polar.run_config import RunConfig
@@ -169,7 +173,7 @@ def rotate(output_dir: Path, newest: Path, limit: int | None, best: str | None) 
     old = [folder for folder in folders if folder not in beyond]
     surplus = len(folders) - max(limit, len(kept))
     for folder in [folder for folder in [*beyond, *old] if folder.name not in kept][: max(surplus, 0)]:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_directory(folder)
 
 
 # Which run a checkpoint belongs to

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from polar import checkpoint
 from polar.engine_state import OptimizerState, whole_optimizer_state, whole_values, write_optimizer_state, write_values
 from polar.errors import UserError
-from polar.files import write_json
+from polar.files import flush, write_json
 from polar.run_folder import PACKAGES, installed_version
 
 METRICS = "metrics.jsonl"
@@ -67,6 +67,8 @@ class ResumeMixin:
         )
 
         def write() -> None:
+            if self._metrics_file().is_file():
+                flush(self._metrics_file())  # the checkpoint says how long it is
             with checkpoint.new_checkpoint(folder) as temporary:
                 self.save_adapter_files(temporary, values)  # type: ignore[attr-defined]
                 checkpoint.write_tensors(temporary, _named(values, optimizer))
@@ -82,18 +84,22 @@ class ResumeMixin:
 
     def on_main_process(self, work: Callable[[], None], what_failed: str) -> None:
         """Run `work` on the main process; raise its error on every rank, so that nobody goes on as if it were done."""
-        trainer, problem = self.trainer, ""
+        trainer, problem, cause = self.trainer, "", None
         if trainer.is_world_process_zero():
             try:
                 work()
-            except (OSError, RuntimeError) as error:
-                problem = f"{what_failed}: {error}"
+            except Exception as error:  # whatever it is (a full disk is a SafetensorError): the other ranks wait
+                cause = error
+                problem = f"{what_failed}: {type(error).__name__}: {error}"
         if trainer.args.world_size > 1:
             problems = [problem]
             torch.distributed.broadcast_object_list(problems, src=0)
             problem = problems[0]
         if problem:
-            raise RuntimeError(problem)
+            raise RuntimeError(problem) from cause
+
+    def _metrics_file(self) -> Path:
+        return Path(self.trainer.args.output_dir) / METRICS
 
     def _from_every_process(self, value: dict[str, Any]) -> list[dict[str, Any]]:
         values: list[Any] = [value] * self.trainer.args.world_size
@@ -103,7 +109,7 @@ class ResumeMixin:
 
     def _training_state(self, optimizer: OptimizerState, processes: list[dict[str, Any]]) -> dict[str, Any]:
         trainer = self.trainer
-        metrics = Path(trainer.args.output_dir) / METRICS
+        metrics = self._metrics_file()
         return {
             "format": checkpoint.FORMAT,
             "step": trainer.state.global_step,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from polar.files import write_json, write_text
+from polar.files import remove_leftovers, write_json, write_text
 
 PACKAGES = ("polar", "torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "safetensors")
 FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "data_report.json", "trainer_state.json")
@@ -29,7 +29,7 @@ def open_run_folder(folder: Path, config_yaml: str, data_report: dict[str, Any],
     run stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    remove_leftovers(folder)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     # Scores of the old adapter would stand beside the new one in a report.
@@ -51,7 +51,7 @@ def continue_run_folder(folder: Path, config_yaml: str, provenance: dict[str, An
         provenance: of this start; goes into the list `resumed` of provenance.json, which keeps the first start.
         metrics_bytes: size of metrics.jsonl when the checkpoint was written.
     """
-    remove_unfinished(folder)
+    remove_leftovers(folder)
     metrics = folder / "metrics.jsonl"
     if metrics.is_file() and metrics.stat().st_size > metrics_bytes:
         os.truncate(metrics, metrics_bytes)
@@ -61,13 +61,6 @@ def continue_run_folder(folder: Path, config_yaml: str, provenance: dict[str, An
     except (OSError, ValueError):
         first = provenance
     write_json(folder / "provenance.json", first | {"resumed": [*first.get("resumed", []), provenance]})
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left of checkpoints and adapters that it was writing."""
-    for pattern in (".checkpoint-*.incomplete-*", ".adapter.incomplete-*", ".*.previous-*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def collect_provenance(world_size: int, device: str, engine: str) -> dict[str, Any]:

@@ -37,9 +37,14 @@ def torchrun_train(*arguments: str, ranks: int = 2, ok: bool = True) -> subproce
 
 def deepspeed_train(*arguments: str, ranks: int = 2, ok: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the training command under the deepspeed launcher, which adds --local_rank=N."""
+    return _run(deepspeed_command(*arguments, ranks=ranks), ok)
+
+
+def deepspeed_command(*arguments: str, ranks: int = 2) -> list[str]:
+    """Return the command line that `deepspeed_train` runs."""
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     options = [f"--num_accelerators={ranks}", f"--master_port={free_port()}", "--module"]
-    return _run([launcher, *options, "polar.train", *arguments], ok)
+    return [launcher, *options, "polar.train", *arguments]
 
 
 def metrics(run: Path, key: str) -> list[float]:

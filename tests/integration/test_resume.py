@@ -1,9 +1,8 @@
-"""A run that is stopped and resumed, against the same run without a stop."""
+"""A run on one process that is stopped and resumed, against the same run without a stop."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,36 +15,26 @@ import torch
 from safetensors.torch import load_file
 
 from polar.train import main
-from tests.integration.commands import deepspeed_train, environment, metrics, torchrun_train, train
+from tests.integration.commands import environment, metrics, train
+from tests.integration.resume_worker import stopped
 
 STEPS = 14
-# float32, the same rows in every step, sums over ranks in another order: as between engines in test_train.py.
-LOSS_TOLERANCE = 1e-4
-ZERO3 = ["--deepspeed", "ds_configs/zero3.json"]
-
-
-def _settings(model: Path, rows: Path, dropout: float) -> list[str]:
-    """Two epochs of 7 steps with checkpoints at 3, 6, 9, 12, 14: in both epochs, and between two logs."""
-    return [
-        *("--model_name_or_path", str(model), "--train_dataset", str(rows), "--dtype", "float32"),
-        *("--template", "question_answer", "--val_split", "8", "--eval_steps", "3", "--save_steps", "3"),
-        *("--adapter.r", "5", "--adapter.target_modules", '["q_proj", "v_proj", "down_proj"]'),
-        *("--adapter.dropout", str(dropout), "--global_batch_size", "8", "--per_device_train_batch_size", "4"),
-        *("--num_train_epochs", "2", "--learning_rate", "1e-2", "--theta_learning_rate", "2e-2"),
-        *("--weight_decay", "0.1", "--logging_steps", "2"),
-    ]
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_gemma3: Path, tiny_rows: Path) -> list[str]:
-    """With dropout, so that a run continues bit for bit only if its random numbers do."""
-    return _settings(tiny_gemma3, tiny_rows, dropout=0.1)
+    """Two epochs of 7 steps with checkpoints at 3, 6, 9, 12, 14: in both epochs, and between two logs.
 
-
-@pytest.fixture(scope="module")
-def settings_without_dropout(tiny_gemma3: Path, tiny_rows: Path) -> list[str]:
-    """For other numbers of ranks, which draw other numbers."""
-    return _settings(tiny_gemma3, tiny_rows, dropout=0.0)
+    With dropout, so that the run continues bit for bit only if its random numbers do.
+    """
+    return [
+        *("--model_name_or_path", str(tiny_gemma3), "--train_dataset", str(tiny_rows), "--dtype", "float32"),
+        *("--template", "question_answer", "--val_split", "8", "--eval_steps", "3", "--save_steps", "3"),
+        *("--adapter.r", "5", "--adapter.target_modules", '["q_proj", "v_proj", "down_proj"]'),
+        *("--adapter.dropout", "0.1", "--global_batch_size", "8", "--per_device_train_batch_size", "4"),
+        *("--num_train_epochs", "2", "--learning_rate", "1e-2", "--theta_learning_rate", "2e-2"),
+        *("--weight_decay", "0.1", "--logging_steps", "2"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +43,6 @@ def one(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
     train(*settings, "--output_dir", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def zero3(tmp_path_factory: pytest.TempPathFactory, settings_without_dropout: list[str]) -> Path:
-    """ZeRO-3 on two ranks, without a stop."""
-    folder = tmp_path_factory.mktemp("runs") / "zero3"
-    deepspeed_train(*settings_without_dropout, *ZERO3, "--output_dir", str(folder))
-    return folder
-
-
-def _stopped(run: Path, copy: Path, step: int) -> Path:
-    """Copy a run as it would look if it had been killed a while after `step`: its logs and adapter have gone on."""
-    shutil.copytree(run, copy)
-    for folder in copy.glob("checkpoint-*"):
-        if int(folder.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(folder)
-    return copy
 
 
 def _assert_equal(run: Path, expected: Path) -> None:
@@ -109,7 +81,7 @@ def test_killed_run_resumes_bit_for_bit(one: Path, settings: list[str], tmp_path
 
 
 def test_truncated_checkpoint_is_skipped(one: Path, settings: list[str], tmp_path: Path, capfd: Any) -> None:
-    run = _stopped(one, tmp_path / "run", 12)
+    run = stopped(one, tmp_path / "run", 12)
     tensors = run / "checkpoint-12" / "training_state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     assert main([*settings, "--output_dir", str(run), "--resume", "--save_total_limit", "2"]) == 0
@@ -121,7 +93,7 @@ def test_truncated_checkpoint_is_skipped(one: Path, settings: list[str], tmp_pat
 
 
 def test_finished_run_stays_as_it_is(one: Path, settings: list[str], tmp_path: Path, capfd: Any) -> None:
-    run = _stopped(one, tmp_path / "run", STEPS)
+    run = stopped(one, tmp_path / "run", STEPS)
     assert main([*settings, "--output_dir", str(run), "--resume"]) == 0
     assert f"step {STEPS} of {STEPS}" in capfd.readouterr().out
     _assert_equal(run, one)
@@ -142,39 +114,3 @@ def test_checkpoint_of_another_run_is_refused(one: Path, settings: list[str], tm
         assert f"{one / 'checkpoint-14'} was made with" in lines[0]
         assert words in lines[0]
     assert before == {path: path.stat().st_mtime_ns for path in one.rglob("*")}
-
-
-def test_checkpoint_holds_the_adapter_and_nothing_of_the_base(one: Path, zero3: Path) -> None:
-    """Values and two moments of the trainable parameters; r = 5 for 64 -> 64, 64 -> 32 and 128 -> 64, two layers."""
-    numel = 2 * sum((n + m) * 5 + 25 for n, m in ((64, 64), (64, 32), (128, 64)))
-    for run in (one, zero3):
-        folder = run / "checkpoint-9"
-        tensors = load_file(folder / "training_state.safetensors")
-        assert {key.partition("/")[0] for key in tensors} == {"value", "exp_avg", "exp_avg_sq"}
-        assert all(".polar_" in key for key in tensors)
-        assert sum(tensor.numel() for tensor in tensors.values()) == 3 * numel
-        assert (folder / "training_state.safetensors").stat().st_size < 4 * 3 * numel + 54 * 160
-        assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
-
-
-def test_zero3_resumes_bit_for_bit(zero3: Path, settings_without_dropout: list[str], tmp_path: Path) -> None:
-    run = _stopped(zero3, tmp_path / "run", 9)
-    result = deepspeed_train(*settings_without_dropout, *ZERO3, "--output_dir", str(run), "--resume")
-    assert f"resuming from {run / 'checkpoint-9'}: step 9 of {STEPS}, made by 2 processes" in result.stdout
-    _assert_equal(run, zero3)
-
-
-@pytest.mark.parametrize("engine", ["one process", "DDP"])
-def test_zero3_checkpoint_continues_elsewhere(
-    zero3: Path, settings_without_dropout: list[str], tmp_path: Path, engine: str
-) -> None:
-    """In the middle of the second epoch, whose order of rows differs from the first one's."""
-    run = _stopped(zero3, tmp_path / "run", 9)
-    start = torchrun_train if engine == "DDP" else train
-    start(*settings_without_dropout, "--output_dir", str(run), "--resume")
-    for key in ("loss", "eval_loss"):
-        assert metrics(run, key) == pytest.approx(metrics(zero3, key), rel=LOSS_TOLERANCE)
-    assert metrics(run, "step") == metrics(zero3, "step")
-    name = "adapter/adapter_model.safetensors"
-    for key, value in load_file(zero3 / name).items():
-        torch.testing.assert_close(load_file(run / name)[key], value, rtol=0, atol=2e-3)

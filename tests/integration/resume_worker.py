@@ -1,0 +1,183 @@
+"""Runs of test_resume_engines.py and test_resume_saves.py, in ranks forked from one process.
+
+Usage: python resume_worker.py engines|saves FOLDER MODEL ROWS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS, STOP, ROWS = 10, 6, 68  # 8 rows validate; 60 are two epochs of 5 steps, and steps of 12 rows divide by 1 to 4
+ZERO3 = ["--deepspeed", "ds_configs/zero3.json"]
+# Where the run continues that began under ZeRO-3 on two ranks: name, ranks (0: no launcher), micro batch, engine.
+ELSEWHERE: list[tuple[str, int, int, str]] = [
+    ("ZeRO-3, 1 rank", 1, 6, "zero3"),
+    ("ZeRO-3, 3 ranks", 3, 4, "zero3"),
+    ("ZeRO-3, 4 ranks", 4, 3, "zero3"),
+    ("ZeRO-2, 2 ranks", 2, 3, "zero2"),
+    ("DDP, 3 ranks", 3, 2, ""),
+    ("one process", 0, 4, ""),
+]
+SIZE_LIMIT = 50_000  # bytes of a file: the adapter's fit, training_state.safetensors does not
+SAVES_STEPS = 8
+# States in which a kill may leave the run folder; each must occur, and the run continues from each.
+SAVE_STATES: dict[str, Callable[[Path], bool]] = {
+    "a file is being written": lambda run: any(run.glob(".checkpoint-*/.*.incomplete-*")),
+    "tensors without manifest": lambda run: _any_without(run, "training_state.safetensors", "checkpoint.json"),
+    "whole without its name": lambda run: any(run.glob(".checkpoint-*/checkpoint.json")),
+    "adapter between two names": lambda run: any(run.glob(".adapter.previous-*/*")) and not (run / "adapter").exists(),
+    "old checkpoint half deleted": lambda run: _any_without(run, "checkpoint-2", "checkpoint-2/checkpoint.json"),
+}
+
+
+def _any_without(run: Path, name: str, missing: str) -> bool:
+    return any((f / name).exists() and not (f / missing).exists() for f in run.glob(".checkpoint-*.incomplete-*"))
+
+
+def engine_settings(model: str, rows: str) -> list[str]:
+    """Without dropout: other numbers of ranks draw other numbers."""
+    return [
+        *("--model_name_or_path", model, "--train_dataset", rows, "--dtype", "float32"),
+        *("--template", "question_answer", "--val_split", "8", "--eval_steps", "3", "--save_steps", "3"),
+        *("--adapter.r", "5", "--adapter.target_modules", '["q_proj", "v_proj", "down_proj"]'),
+        *("--global_batch_size", "12", "--num_train_epochs", "2", "--learning_rate", "1e-2"),
+        *("--theta_learning_rate", "2e-2", "--weight_decay", "0.1", "--logging_steps", "2"),
+    ]
+
+
+def stopped(run: Path, copy: Path, step: int) -> Path:
+    """Copy a run as it would look if it had been killed a while after `step`: its logs and adapter have gone on."""
+    shutil.copytree(run, copy)
+    for folder in copy.glob("checkpoint-*"):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+class Engines:
+    """A whole run, the same stopped and continued elsewhere, and one whose disk is full."""
+
+    def __init__(self, folder: Path, model: str, rows: str) -> None:
+        self.folder, self.settings = folder, engine_settings(model, rows)
+        self.zero2 = folder / "zero2.json"
+        auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        self.zero2.write_text(json.dumps({"zero_optimization": {"stage": 2}} | dict.fromkeys(auto, "auto")))
+
+    def __call__(self) -> None:
+        self.run("reference", 2, 6, "zero3")
+        for name, ranks, micro_batch, engine in ELSEWHERE:
+            stopped(self.folder / "reference", self.folder / name, STOP)
+            self.run(name, ranks, micro_batch, engine, "--resume")
+        self.full_disk("full disk")
+
+    def arguments(self, name: str, micro_batch: int, engine: str, *more: str) -> list[str]:
+        config = {"zero3": ZERO3, "zero2": ["--deepspeed", str(self.zero2)], "": []}[engine]
+        batch = ["--per_device_train_batch_size", str(micro_batch)]
+        return [*self.settings, *batch, *config, "--output_dir", str(self.folder / name), *more]
+
+    def run(self, name: str, ranks: int, micro_batch: int, engine: str, *more: str) -> None:
+        arguments = self.arguments(name, micro_batch, engine, *more)
+        run_ranks(ranks, lambda: train_main(arguments), self.folder / f"{name}.log")
+
+    def full_disk(self, name: str) -> None:
+        """A checkpoint that the main process cannot write must end both ranks, not leave one waiting."""
+        arguments = self.arguments(name, 6, "", "--eval_strategy", "no", "--save_steps", "2")
+
+        def work() -> int:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE_LIMIT, SIZE_LIMIT))
+            return train_main(arguments)
+
+        codes = wait_for_ranks(start_ranks(2, work, self.folder / f"{name}.log"), timeout_s=60)
+        (self.folder / "full disk.json").write_text(json.dumps(codes))
+
+
+class Saves:
+    """One run that copies its folder whenever a file in it is about to change: what a kill at that moment leaves."""
+
+    def __init__(self, folder: Path, model: str, rows: str) -> None:
+        self.folder, self.run = folder, folder / "run"
+        self.settings = [
+            *engine_settings(model, rows),
+            *("--adapter.dropout", "0.1", "--per_device_train_batch_size", "12", "--max_steps", str(SAVES_STEPS)),
+            *("--save_steps", "2", "--eval_steps", "2", "--save_total_limit", "2", "--logging_steps", "1"),
+        ]
+        self.last: Any = None
+        self.labels: list[str] = []
+        self.is_copying = True
+
+    def __call__(self) -> None:
+        run_ranks(0, self.record, self.folder / "run.log")
+        snapshots = sorted((self.folder / "snapshots").iterdir(), key=lambda path: int(path.name))
+        for state, occurs in SAVE_STATES.items():
+            found = [path for path in snapshots if occurs(path)]
+            assert found, f"{state} never happened"
+            copy = self.folder / state
+            shutil.copytree(found[0], copy)
+            arguments = [*self.settings, "--output_dir", str(copy), "--resume"]
+            run_ranks(0, lambda arguments=arguments: train_main(arguments), self.folder / f"{state}.log")
+
+    def record(self) -> int:
+        """Train; every change is announced by an audit event of Python, or follows an `fsync`."""
+        (self.folder / "snapshots").mkdir()
+        flush = os.fsync
+        os.fsync = lambda descriptor: (flush(descriptor), self.snapshot("fsync"))[0]
+        sys.addaudithook(self.hear)
+        self.is_copying = False
+        code = train_main([*self.settings, "--output_dir", str(self.run)])
+        self.is_copying = True
+        (self.folder / "snapshots.json").write_text(json.dumps(self.labels))
+        return code
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.is_copying or not (event == "open" or event.startswith("os.")) or not arguments:
+            return
+        writes = event != "open" or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        is_here = str(arguments[0]).startswith(str(self.run)) or event in ("os.remove", "os.rmdir")
+        if writes and is_here:
+            self.snapshot(f"before {event} {Path(str(arguments[0])).name}")
+
+    def snapshot(self, label: str) -> None:
+        if self.is_copying:
+            return
+        self.is_copying = True  # copying raises events of its own
+        try:
+            state = [(str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(self.run.rglob("*"))]
+            if state != self.last and any(self.run.glob("checkpoint-*")):
+                shutil.copytree(self.run, self.folder / "snapshots" / str(len(self.labels)))
+                self.labels.append(label)
+                self.last = state
+        finally:
+            self.is_copying = False
+
+
+def train_main(arguments: list[str]) -> int:
+    from polar.train import main
+
+    return main(arguments)
+
+
+def import_everything() -> None:
+    """Import what a run imports, so that the forked ranks need not."""
+    import datasets  # noqa: F401
+    import deepspeed.runtime.zero.stage3  # noqa: F401
+    import transformers.models.gemma3.modeling_gemma3  # noqa: F401
+
+    import polar.build_model
+    import polar.summary
+    import polar.train
+    import polar.trainer  # noqa: F401
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from tests.forked_ranks import run_ranks, start_ranks, wait_for_ranks
+
+    import_everything()
+    {"engines": Engines, "saves": Saves}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])()
