@@ -113,11 +113,48 @@ def manifold_comm(result: dict[str, Any]) -> list[str]:
     return [*lines, "", _how(result, "")]
 
 
+def adaptive_ranks(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/adaptive_ranks.py."""
+    wall, processor = result["seconds"], result["cpu_seconds"]
+    faster, memory = result["times_faster_than"], result["peak_mib"]
+    runs = wall["ours_1_threads"]["runs"]
+    total = result["layers_of_model"]
+    part = "" if result["layers"] == total else f"{result['layers']} of {total} "
+    lines = [
+        f"**Adaptive ranks from the spectra of {result['model']}'s shapes** ({result['num_weights']} weights of {part}"
+        f"layers, random bf16, {_where(result)}); median of {runs} processes that alternate:",
+        "",
+        "| method | s | s of processor time | `polar ranks` is faster by | by processor time | peak memory, MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    names = {
+        "ours": "`polar ranks`, whole: read, hash, spectra, fits, ranks",
+        "svdvals": "one fp32 `svdvals` per weight of the loaded model, loading not counted",
+        "svdvals_tall": "the same, wide weights transposed first",
+    }
+    for method, name in names.items():
+        counts = {1, result["threads"]}
+        best = [min(times[f"{method}_{n}_threads"]["median"] for n in counts) for times in (wall, processor)]
+        ratios = [f"{faster[key][method]:.1f}x" if method in faster[key] else "" for key in ("seconds", "cpu_seconds")]
+        peak = f"{memory[method]:,.0f}" if method in memory else ""
+        lines.append(f"| {name} | {best[0]:.1f} | {best[1]:.1f} | {ratios[0]} | {ratios[1]} | {peak} |")
+    errors = ", ".join(f"{row['float32_gram']:.0e} at {row['steepness']:.0e}" for row in result["accuracy"])
+    largest = max(row["auto"] for row in result["accuracy"])
+    note = (
+        f"Memory is for all {total} layers ({result['weights_mib']:,.0f} MiB of weights, the largest "
+        f"{result['largest_weight_mib']['bf16']:.0f}). alpha_hill from float32 Gram matrices against a float64 SVD, by "
+        f"largest over median eigenvalue: relative error {errors}; with the automatic switch to float64 at 1e4 at most "
+        f"{largest:.0e}."
+    )
+    return [*lines, "", _how(result, note)]
+
+
 SECTIONS = {
     "manifold_step": manifold_step,
     "manifold_step_distributed": manifold_step_distributed,
     "step_overhead": step_overhead,
     "manifold_comm": manifold_comm,
+    "adaptive_ranks": adaptive_ranks,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -154,6 +155,32 @@ def test_published_gemma3_names_become_module_names(tmp_path: Path) -> None:
     names = set(weights_of(folder))
     assert set(content["modules"]) == {name for name in names if ".language_model." in name}
     check_rank_file(content, names)
+
+
+def test_transposed_weights_of_gpt2(tmp_path: Path) -> None:
+    """Conv1D stores (d_in, d_out): the file has W's own shape, and the spectrum is the same either way."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "gpt2")
+    content, measures = compute_ranks(str(tmp_path / "gpt2"), ALL)
+    assert len(measures) == 8
+    assert content["modules"]["transformer.h.0.attn.c_attn"]["shape"] == [96, 32]
+    want = torch.linalg.svdvals(model.transformer.h[0].attn.c_attn.weight.detach().double()).flip(0) ** 2
+    torch.testing.assert_close(measures[0].spectrum.eigenvalues, want, rtol=1e-4, atol=1e-5 * want[-1].item())
+
+
+def test_hub_cache_names_files_by_their_hash(tmp_path: Path) -> None:
+    """The hub's cache holds links to blobs named by SHA-256; others are hashed."""
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    cache = base_spectra.SpectrumCache(None)
+    assert cache.file_hash(tmp_path / "model.safetensors") == blob.name
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"weights")
+    assert cache.file_hash(plain) == hashlib.sha256(b"weights").hexdigest()
 
 
 NAMES = [f"model.layers.{i}.{part}" for i in range(12) for part in ("attn.q_proj", "mlp.up-proj", "mlp.experts.3.w1")]
