@@ -9,6 +9,7 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 from polar.constrain import ManifoldHandle, constrain  # noqa: E402
+from polar.stiefel_adamw import StiefelAdamW  # noqa: E402
 from polar.tuner import PolarConfig, PolarLinear, PolarModel  # noqa: E402
 
-__all__ = ["ManifoldHandle", "PolarConfig", "PolarLinear", "PolarModel", "constrain"]
+__all__ = ["ManifoldHandle", "PolarConfig", "PolarLinear", "PolarModel", "StiefelAdamW", "constrain"]

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import deepspeed_config, set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from polar.errors import UserError
 from polar.run_checks import make_adapter_config
@@ -201,8 +201,6 @@ def _quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None
     if not (arguments.load_in_4bit or arguments.load_in_8bit):
         return None
     if arguments.load_in_8bit:
-        if deepspeed_config() is not None and is_deepspeed_zero3_enabled():
-            raise UserError("load_in_8bit does not work under ZeRO-3: use load_in_4bit, or leave --deepspeed out")
         return BitsAndBytesConfig(load_in_8bit=True)
     dtype = getattr(torch, arguments.dtype)
     return BitsAndBytesConfig(

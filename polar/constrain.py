@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from polar import stiefel
+from polar.compatibility import check_factor_dtype, check_supported
 from polar.errors import UserError
 from polar.factor_batch import FactorBatch, batches_of
 from polar.gathered import GatheredBatch
@@ -30,6 +31,7 @@ from polar.shards import FactorSlice, related_leaves, resolve
 from polar.steps import ManifoldStep, ManifoldStepName, TangentField, make_step
 from polar.stiefel_adamw import StiefelAdamW, mean_squares
 from polar.tuner.backward_field import check_applied_once
+from polar.tuner.layer import restore_factor_dtype
 from polar.updates import copy_values, momentum_slices, scale_updates
 
 ManifoldExecution = Literal["sharded", "gather"]
@@ -53,7 +55,8 @@ def constrain(
 ) -> ManifoldHandle:
     """Keep the factors X and Y of every trainable PoLAR adapter in `model` on (or near) the Stiefel manifold.
 
-    May be called before or after DDP, DeepSpeed or an optimizer is set up, once per model, on every rank.
+    May be called before or after DDP, DeepSpeed or an optimizer is set up, once per model, on every rank. Factors that
+    somebody cast to 16 bits become fp32 again.
 
     Args:
         model: a model that holds POLAR adapters; a wrapper around it is fine.
@@ -81,6 +84,7 @@ def constrain(
         raise UserError(f"landing_penalty is {landing_penalty}: use a number >= 0")
     if reference_width is not None and not reference_width > 0:
         raise UserError(f"reference_width is {reference_width}: use a width above 0, for example the hidden size")
+    restore_factor_dtype(model)  # TRL's SFTTrainer casts them to bf16 on a quantised base
     step = make_step(manifold_step, landing_penalty, landing_convention)
     step = replace(step, project_momentum=project_momentum, reference_width=reference_width)
     return ManifoldHandle(model, manifold_step, step, manifold_execution)
@@ -224,6 +228,8 @@ class ManifoldHandle:
             return
         check_applied_once(model, self.manifold_step)  # other adapters may be trained now
         self._slices = resolve(parameters, model)
+        for name, item in self._slices.items():
+            check_factor_dtype(name, item.leaf.dtype)
         self._parameters, self._batches = parameters, {}
         self._related = {id(leaf) for leaf in related_leaves(model)}
         self._updated &= parameters.keys()
@@ -259,6 +265,7 @@ class ManifoldHandle:
             if len(self._in_flight) == 1:
                 self._account_without_factors(optimizer, foreign)
             return None
+        check_supported(self._slices[names[0]].engine, type(optimizer).__name__)
         if self._updated & set(names):
             self._raise_if_incomplete()
         if self._step.reference_width is not None and not firing.skipped:

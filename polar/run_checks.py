@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar.compatibility import check_supported
 from polar.config_parser import checked
 from polar.errors import UserError
 from polar.rows import check_source
@@ -38,10 +39,45 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_batch(config.training, world_size)
     _check_model(config.model)
     _check_data(config.data)
-    make_adapter_config(config.adapter)
+    adapter = make_adapter_config(config.adapter)
     _check_manifold(config.manifold)
+    _check_backward_field(adapter, config)
     _check_training(config.training, has_validation=bool(config.data.val_dataset or config.data.val_split))
+    check_engine(config)
     _check_output(config.training)
+
+
+def engine_of(training: PolarTrainingConfig) -> str:
+    """The engine of a run, as `polar.compatibility` names it."""
+    plugin = training.deepspeed_plugin
+    if plugin is not None:
+        return f"ZeRO-{plugin.zero_stage}"
+    return "DDP" if training.world_size > 1 else "one process"
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse an optimizer or a base that the engine cannot train, and one that accelerate would replace.
+
+    Raises:
+        UserError: names both and what to use instead.
+    """
+    training, model = config.training, config.model
+    per_factor = config.manifold.second_moment == "per_factor" and config.adapter.peft_type == "POLAR"
+    name = training.optim.value if hasattr(training.optim, "value") else str(training.optim)
+    optimizer = "StiefelAdamW" if per_factor else "AdamW8bit" if "8bit" in name else "SGD" if name == "sgd" else "AdamW"
+    base = "4-bit" if model.load_in_4bit else "8-bit" if model.load_in_8bit else "full"
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    check_supported(engine_of(training), optimizer, precision, base)
+    plugin = training.deepspeed_plugin
+    if plugin is None or optimizer == "AdamW":
+        return
+    deepspeed = plugin.deepspeed_config
+    offload = deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and deepspeed.get("zero_force_ds_cpu_optimizer", True):
+        raise UserError(
+            f"{optimizer} with offload_optimizer: accelerate would replace it by DeepSpeedCPUAdam without a word: set "
+            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed config, or use AdamW'
+        )
 
 
 def holds_run(folder: Path) -> bool:
@@ -160,6 +196,20 @@ def _check_manifold(manifold: ManifoldArguments) -> None:
             )
     if manifold.landing_penalty is not None and not manifold.landing_penalty > 0:
         raise UserError(f"landing_penalty is {manifold.landing_penalty:g}: it must be above 0")
+
+
+def _check_backward_field(adapter: Any, config: RunConfig) -> None:
+    """Compare a field in the layers' backward with the manifold step and with the loop that it cannot see."""
+    from polar.tuner.backward_field import check_goes_with
+
+    field = getattr(adapter, "backward_field", "none")
+    check_goes_with(field, config.manifold.manifold_step, "adapter")
+    accumulation = config.training.gradient_accumulation_steps
+    if field == "landing" and adapter.gradient_accumulation_steps != accumulation:
+        raise UserError(
+            f"adapter.gradient_accumulation_steps is {adapter.gradient_accumulation_steps}, but a step of this run has "
+            f"{accumulation} micro batches: set it to {accumulation}, or leave the field to manifold_step landing"
+        )
 
 
 def _check_training(training: PolarTrainingConfig, *, has_validation: bool) -> None:

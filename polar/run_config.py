@@ -174,6 +174,22 @@ class ManifoldArguments:
         default="sharded",
         metadata={"help": "sharded: r x r sums over ranks. gather: whole factors, the slow reference."},
     )
+    project_momentum: bool = field(
+        default=False, metadata={"help": "After each step project the momentum of X and Y to the new tangent space."}
+    )
+    reference_width: float | None = field(
+        default=None,
+        metadata={
+            "help": "Scale updates of a factor with n rows by sqrt(reference_width / n), as StelLA. null: do not."
+        },
+    )
+    second_moment: Literal["elementwise", "per_factor"] = field(
+        default="elementwise",
+        metadata={
+            "help": "per_factor: StiefelAdamW, one second moment per Stiefel factor, so that a step keeps direction. "
+            "elementwise: the optimizer that optim names."
+        },
+    )
 
 
 @dataclass

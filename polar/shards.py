@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from polar.compatibility import refused_engine
 from polar.errors import UserError
 
 
@@ -167,6 +168,8 @@ def _resolve_one(name: str, parameter: nn.Parameter, zero_engine: Any) -> Factor
         return _resolve_zero12(name, parameter, zero_engine)
     if hasattr(parameter, "device_mesh"):
         return _resolve_fsdp2(name, parameter)
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise refused_engine("FSDP1 (FullyShardedDataParallel)", name)
     if not parameter.is_contiguous():
         raise UserError(f"{name} has strides {parameter.stride()}: store it contiguously, as (n, r) row-major")
     n, r = _rows_of(parameter.shape)
@@ -191,7 +194,7 @@ def _resolve_zero3(name: str, parameter: Any) -> FactorSlice:
     sub_group, offset, _ = engine.grad_position[engine.get_param_id(parameter)]
     leaf = engine.fp32_partitioned_groups_flat[sub_group]
     if leaf is None or leaf.numel() == 0:
-        raise UserError(f"the fp32 values of {name} are swapped to NVMe: manifold steps need them on GPU or CPU")
+        raise refused_engine("ZeRO with NVMe offload", name)
     group, share, numel = parameter.ds_process_group, parameter.partition_numel(), n * r
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     start, end = min(rank * share, numel), min((rank + 1) * share, numel)
@@ -203,10 +206,7 @@ def _resolve_zero12(name: str, parameter: Any, engine: Any) -> FactorSlice:
     # DeepSpeed 0.19.8: a parameter group is flattened (in `round_robin_bit16_groups` order, with padding between
     # parameters) and cut into equal partitions. `_hp_mapping` says the same for this rank alone; all cuts are needed.
     if engine is None:
-        raise UserError(
-            f"{name} is held by a DeepSpeed optimizer other than that of ZeRO stage 1, 2 or 3 (BF16_Optimizer): leave "
-            '"data_types" out of the DeepSpeed config'
-        )
+        raise refused_engine("DeepSpeed's BF16_Optimizer", name)
     n, r = _rows_of(parameter.shape)
     for index, members in enumerate(engine.round_robin_bit16_groups):
         for member, begin in zip(members, engine.round_robin_bit16_offsets[index], strict=True):

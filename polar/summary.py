@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from polar.run_checks import engine_of
 from polar.run_folder import installed_version
 
 if TYPE_CHECKING:
@@ -43,10 +44,8 @@ def plan_steps(config: RunConfig, num_rows: int) -> StepPlan:
 
 def engine_name(config: RunConfig) -> str:
     """Return the engine in words: one process, DDP, or the ZeRO stage."""
-    plugin = config.training.deepspeed_plugin
-    if plugin is not None:
-        return f"DeepSpeed ZeRO-{plugin.zero_stage}"
-    return "DDP" if config.training.world_size > 1 else "one process"
+    engine = engine_of(config.training)
+    return f"DeepSpeed {engine}" if engine.startswith("ZeRO") else engine
 
 
 def memory_estimate_gib(config: RunConfig, plan: ModelPlan, longest_row: int) -> dict[str, float]:

@@ -157,6 +157,7 @@ def _make_trainer(config: RunConfig, model: Any, tokenizer: Any, data: Any, iden
     from polar.trainer import PolarSFTTrainer
 
     manifold = {key: value for key, value in vars(config.manifold).items() if value is not None}
+    second_moment = manifold.pop("second_moment")
     return PolarSFTTrainer(
         model=model,
         args=config.training,
@@ -164,6 +165,7 @@ def _make_trainer(config: RunConfig, model: Any, tokenizer: Any, data: Any, iden
         eval_dataset=data.validation,
         processing_class=tokenizer,
         manifold=manifold,
+        second_moment=second_moment,
         theta_learning_rate=config.training.theta_learning_rate,
         run_identity=identity,
     )

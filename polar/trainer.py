@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from polar.files import atomic_directory
 from polar.progress import StepReport
 from polar.resume import METRICS, ResumeMixin
 from polar.saved_adapter import check_saved_adapter
+from polar.stiefel_adamw import StiefelAdamW
 from polar.tuner import restore_factor_dtype
 
 FACTOR_KEYS = ("polar_X", "polar_Y")
@@ -34,6 +35,7 @@ class AdapterTrainerMixin(ResumeMixin):
 
     Args:
         manifold: keyword arguments of `polar.constrain`; ignored for adapters without Stiefel factors.
+        second_moment: `per_factor` replaces the optimizer by `StiefelAdamW` where there are Stiefel factors.
         theta_learning_rate: peak learning rate of Theta, None for that of the other parameters.
         run_identity: `polar.checkpoint.run_identity`, kept in each checkpoint.
         **kwargs: the Trainer's own. With `eval_dataset`, `output_dir/adapter` is the best by `metric_for_best_model`.
@@ -43,12 +45,14 @@ class AdapterTrainerMixin(ResumeMixin):
         self,
         *,
         manifold: dict[str, Any] | None = None,
+        second_moment: Literal["elementwise", "per_factor"] = "elementwise",
         theta_learning_rate: float | None = None,
         run_identity: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         arguments = kwargs["args"]
         _prepare_arguments(arguments, keeps_best=kwargs.get("eval_dataset") is not None)
+        self.second_moment = second_moment
         self.theta_learning_rate = theta_learning_rate
         self.run_identity = run_identity or {}
         self.manifold_handle: ManifoldHandle | None = None
@@ -76,6 +80,10 @@ class AdapterTrainerMixin(ResumeMixin):
         trainer = self.trainer
         if trainer.optimizer is None:
             restore_factor_dtype(trainer.model)
+            if self.second_moment == "per_factor" and self.manifold_handle is not None:
+                args = trainer.args
+                options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+                trainer.optimizer_cls_and_kwargs = StiefelAdamW, {**options, "eps": args.adam_epsilon}
             try:
                 super().create_optimizer(model)  # type: ignore[misc]
             except (ImportError, ValueError) as error:

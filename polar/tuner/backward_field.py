@@ -144,13 +144,22 @@ def check_applied_once(model: nn.Module, manifold_step: str) -> None:
     Raises:
         UserError: the field would act twice.
     """
-    allowed = {"none": None, "tangent": ("none", "retract_polar", "retract_qr"), "landing": ("none",)}
     layers: list[Any] = [module for module in model.modules() if isinstance(getattr(module, "backward_field", 0), dict)]
     for layer in layers:
         for adapter, field in layer.backward_field.items():
-            steps = allowed[field.name]
-            if steps is not None and manifold_step not in steps and layer.polar_X[adapter].requires_grad:
-                raise UserError(
-                    f"manifold_step is {manifold_step}, but adapter {adapter!r} has backward_field='{field.name}': the "
-                    f"field would act twice; use manifold_step {' or '.join(steps)}, or backward_field='none'"
-                )
+            if layer.polar_X[adapter].requires_grad:
+                check_goes_with(field.name, manifold_step, f"adapter {adapter!r}")
+
+
+def check_goes_with(backward_field: BackwardFieldName, manifold_step: str, who: str) -> None:
+    """Refuse a field in the backward together with a manifold step that brings a field of its own.
+
+    Raises:
+        UserError: names `who` has the field, and what goes with it.
+    """
+    steps = {"tangent": ("none", "retract_polar", "retract_qr"), "landing": ("none",)}.get(backward_field)
+    if steps is not None and manifold_step not in steps:
+        raise UserError(
+            f"manifold_step is {manifold_step}, but {who} has backward_field='{backward_field}': the field would act "
+            f"twice; use manifold_step {' or '.join(steps)}, or backward_field='none'"
+        )

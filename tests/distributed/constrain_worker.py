@@ -20,41 +20,107 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import network
+import torch.utils.checkpoint
 
 import polar
 from polar.cut_rows import CutRowsWay
+from polar.errors import UserError
 from polar.factor_batch import FactorBatch
 from polar.shards import FactorSlice
 
-CASES: list[dict[str, Any]] = [
-    {"engine": "ddp", "manifold_step": "retract_polar"},
-    {"engine": "ddp", "manifold_step": "landing", "landing_penalty": 0.3, "landing_convention": "upstream"},
-    {"engine": "zero3", "manifold_step": "retract_polar"},
-    {"engine": "zero3", "manifold_step": "retract_polar", "sub_group_size": 60},
-    {"engine": "zero3", "manifold_step": "retract_polar", "max_grad_norm": 0.05},
-    {"engine": "zero3", "manifold_step": "retract_polar", "accumulation": 2},
-    {"engine": "zero3", "manifold_step": "retract_polar", "groups": "split"},
-    {"engine": "zero3", "manifold_step": "landing", "landing_penalty": 0.3, "landing_convention": "textbook"},
-    {"engine": "zero3", "manifold_step": "none"},
-    {"engine": "zero3", "manifold_step": "retract_polar", "bf16": True},
-    {"engine": "zero1", "manifold_step": "retract_polar"},
-    {"engine": "zero1", "manifold_step": "landing", "landing_penalty": 0.3, "landing_convention": "upstream"},
-    {"engine": "zero2", "manifold_step": "retract_polar"},
-    {"engine": "zero2", "manifold_step": "retract_polar", "groups": "split", "max_grad_norm": 0.05},
-    {"engine": "zero2", "manifold_step": "retract_polar", "accumulation": 2},
-    {"engine": "zero2", "manifold_step": "retract_polar", "bf16": True},
-    {"engine": "zero2", "manifold_step": "retract_qr", "offload": True},
-    {"engine": "zero3", "manifold_step": "retract_polar", "offload": True},
-    {"engine": "zero3", "manifold_step": "retract_qr"},
-    {"engine": "zero3", "manifold_step": "euclidean_penalty", "landing_penalty": 0.3},
-    {"engine": "zero3", "manifold_step": "retract_polar", "manifold_execution": "gather"},
-    {"engine": "zero3", "manifold_step": "landing", "landing_penalty": 0.3, "manifold_execution": "gather"},
-    {"engine": "ddp", "manifold_step": "retract_qr"},
-    {"engine": "fsdp2", "manifold_step": "retract_polar"},
-    {"engine": "fsdp2", "manifold_step": "retract_qr", "manifold_execution": "gather"},
-    {"engine": "fsdp2", "manifold_step": "landing", "landing_penalty": 0.3, "landing_convention": "textbook"},
+ENGINES: list[dict[str, Any]] = [
+    {"engine": "ddp"},
+    {"engine": "zero1"},
+    {"engine": "zero2"},
+    {"engine": "zero3"},
+    {"engine": "zero1", "offload": "optimizer"},
+    {"engine": "zero2", "offload": "optimizer"},
+    {"engine": "zero3", "offload": "optimizer"},
+    {"engine": "zero3", "offload": "params"},
+    {"engine": "zero3", "hpz": True},
+    {"engine": "fsdp2"},  # HSDP on four ranks
 ]
+STEPS: list[dict[str, Any]] = [
+    {"manifold_step": "retract_qr"},
+    {"manifold_step": "landing", "landing_penalty": 0.3, "landing_convention": "textbook"},
+    {"manifold_step": "landing", "landing_penalty": 0.3, "landing_convention": "upstream"},
+    {"manifold_step": "euclidean_penalty", "landing_penalty": 0.3},
+    {"manifold_step": "none"},
+]
+EXACT: list[dict[str, Any]] = [
+    # every engine with every optimizer that keeps fp32 moments
+    *(
+        {**engine, "optimizer": optimizer}
+        for engine in ENGINES
+        for optimizer in ("adamw", "sgd", "stiefel_adamw", *(("cpu_adam",) if engine.get("offload") else ()))
+    ),
+    # optimizers that are one implementation of the same formula
+    {"engine": "ddp", "optimizer": "adamw_fused"},
+    {"engine": "ddp", "optimizer": "adamw_foreach"},
+    {"engine": "ddp", "optimizer": "cpu_adam"},
+    {"engine": "ddp", "optimizer": "zero_redundancy"},
+    {"engine": "zero3", "optimizer": "adamw_fused"},
+    {"engine": "fsdp2", "optimizer": "adamw_fused"},
+    {"engine": "fsdp2", "optimizer": "adamw_foreach"},
+    # manifold steps
+    *({"engine": engine, **step} for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2") for step in STEPS),
+    *(
+        {"engine": engine, **step, "manifold_execution": "gather"}
+        for engine in ("zero2", "zero3", "fsdp2")
+        for step in ({"manifold_step": "retract_qr"}, {"manifold_step": "landing", "landing_penalty": 0.3})
+    ),
+    # ways in which a loop or an engine cuts a step
+    {"engine": "zero3", "sub_group_size": 60},
+    {"engine": "zero3", "sub_group_size": 60, "groups": "split", "optimizer": "stiefel_adamw"},
+    {"engine": "zero3", "max_grad_norm": 0.05},
+    {"engine": "zero3", "accumulation": 2},
+    {"engine": "zero3", "groups": "split"},
+    {"engine": "zero3", "groups": "split", "manifold_execution": "gather"},
+    {"engine": "zero1", "groups": "split"},
+    {"engine": "zero2", "groups": "split", "max_grad_norm": 0.05},
+    {"engine": "zero2", "accumulation": 2},
+    {"engine": "ddp", "accumulation": 2, "max_grad_norm": 0.05},
+    {"engine": "fsdp2", "accumulation": 2, "max_grad_norm": 0.05},
+    {"engine": "fsdp2", "groups": "split"},
+    {"engine": "zero3", "second_adapter": True},
+    {"engine": "zero2", "second_adapter": True},
+    {"engine": "ddp", "second_adapter": True},
+    {"engine": "fsdp2", "second_adapter": True},
+    {"engine": "ddp", "checkpointing": True},
+    {"engine": "zero3", "checkpointing": True},
+    {"engine": "fsdp2", "checkpointing": True},
+    {"engine": "ddp", "compile": True},
+    {"engine": "fsdp2", "compile": True},
+    {"engine": "ddp", "loss_scale": True},
+    {"engine": "ddp", "loss_scale": True, "optimizer": "adamw_fused"},
+    {"engine": "ddp", "loss_scale": True, "optimizer": "stiefel_adamw"},
+]
+# Gradients rounded to 16 bits, or 8-bit moments: see CLOSE_COSINE in test_constrain.py.
+CLOSE: list[dict[str, Any]] = [
+    *({**engine, "dtype": "bf16"} for engine in ENGINES if engine["engine"] != "zero1" or not engine.get("offload")),
+    *({**engine, "dtype": "bf16", "optimizer": "cpu_adam"} for engine in ENGINES if engine.get("offload")),
+    *({"engine": engine, "dtype": "fp16", "loss_scale": True} for engine in ("ddp", "zero1", "zero2", "zero3")),
+    {"engine": "zero3", "dtype": "bf16", "optimizer": "stiefel_adamw"},
+    {"engine": "fsdp2", "dtype": "bf16", "optimizer": "stiefel_adamw"},
+    *({"engine": engine, "optimizer": "adamw_8bit"} for engine in ("ddp", "zero1", "zero2", "zero3")),
+    {"engine": "zero3", "offload": "optimizer", "optimizer": "adamw_8bit"},
+]
+CASES = EXACT + CLOSE
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR = 0.05
+# Combinations that polar.compatibility refuses: the message that the first step gives.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"engine": "fsdp2", "optimizer": "adamw_8bit"}, "AdamW8bit under FSDP2 does not work"),
+    ({"engine": "fsdp2", "optimizer": "cpu_adam"}, "DeepSpeedCPUAdam under FSDP2 does not work"),
+    ({"engine": "fsdp1"}, "is held by FSDP1"),
+]
+
+
+def cases_of(ranks: int) -> list[dict[str, Any]]:
+    """All cases on 2 and 3 ranks (3 cut rows); on 1 and 4 ranks every engine once, and what shards in two ways."""
+    if ranks in (2, 3):
+        return CASES
+    return [case for case in CASES if set(case) <= {"engine", "optimizer", "sub_group_size", "groups"}]
 
 
 def parameter_groups(model: nn.Module, how: str) -> list[dict[str, Any]]:
@@ -65,9 +131,34 @@ def parameter_groups(model: nn.Module, how: str) -> list[dict[str, Any]]:
     return [{"params": trainable[k::3]} for k in range(3)]
 
 
+def make_optimizer(model: nn.Module, case: dict[str, Any]) -> torch.optim.Optimizer:
+    groups, name = parameter_groups(model, case.get("groups", "one")), case.get("optimizer", "adamw")
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=LR, momentum=0.9)
+    if name == "stiefel_adamw":
+        return polar.StiefelAdamW(groups, lr=LR)
+    if name == "cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=LR, weight_decay=0.0)
+    if name == "adamw_8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, lr=LR, weight_decay=0.0, min_8bit_size=1)
+    if name == "zero_redundancy":
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups[0]["params"], torch.optim.AdamW, lr=LR, weight_decay=0.0)
+    kinds = {"adamw": {}, "adamw_fused": {"fused": True}, "adamw_foreach": {"foreach": True}}
+    return torch.optim.AdamW(groups, lr=LR, weight_decay=0.0, **kinds[name])
+
+
 def zero_engine(model: nn.Module, case: dict[str, Any]) -> Any:
     import deepspeed
 
+    # DeepSpeed 0.19.8 says no where fp16 has no fast instructions; torch's CPU kernels compute it all the same.
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    offload = {"device": "cpu"}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.get("accumulation", 1),
@@ -75,72 +166,136 @@ def zero_engine(model: nn.Module, case: dict[str, Any]) -> Any:
             "stage": int(case["engine"][-1]),
             "stage3_param_persistence_threshold": 0,
             "sub_group_size": case.get("sub_group_size", 10**9),
-            **({"offload_optimizer": {"device": "cpu"}} if case.get("offload") else {}),
+            **({"offload_optimizer": offload} if case.get("offload") else {}),
+            **({"offload_param": offload} if case.get("offload") == "params" else {}),
+            **({"zero_hpz_partition_size": dist.get_world_size()} if case.get("hpz") else {}),
         },
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": case.get("max_grad_norm", 0.0),
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": case.get("bf16", False)},
+        "bf16": {"enabled": case.get("dtype") == "bf16" or case.get("bf16", False)},
+        "fp16": {"enabled": case.get("dtype") == "fp16", "initial_scale_power": 10, "hysteresis": 1},
         "steps_per_print": 10**9,
     }
-    optimizer = torch.optim.Adam(parameter_groups(model, case.get("groups", "one")), lr=LR)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=make_optimizer(model, case), config=config)[0]
 
 
-def fsdp2_model(model: nn.Module) -> nn.Module:
+def fsdp2_model(model: nn.Module, case: dict[str, Any] | None = None) -> nn.Module:
     """Shard over all ranks, or over pairs of ranks with replicas (HSDP) on four: rows uneven, some ranks empty."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     ranks = dist.get_world_size()
     shape, names = ((ranks // 2, 2), ("replicate", "shard")) if ranks == 4 else ((ranks,), ("shard",))
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    bf16 = (case or {}).get("dtype") == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in model:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes each layer in the backward pass."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=False)
+        return h
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    values, weights, batches = network.make_problem()
-    model = network.make_network(values, weights)
+    model = network.make_network(*network.make_problem()[:2])
+    if case.get("second_adapter"):
+        network.add_frozen_adapter(model)
     options = {key: value for key, value in case.items() if key.startswith(("manifold", "landing"))}
     handle = polar.constrain(model, **options)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    losses = []
+    module: nn.Module = Checkpointed(model) if case.get("checkpointing") else model
     if case["engine"].startswith("zero"):
-        wrapped, optimizer = zero_engine(model, case), None
+        wrapped, optimizer = zero_engine(module, case), None
     else:
-        wrapped = nn.parallel.DistributedDataParallel(model) if case["engine"] == "ddp" else fsdp2_model(model)
-        optimizer = torch.optim.Adam(parameter_groups(model, "one"), lr=LR)
-    for inputs, targets in batches:
-        parts = case.get("accumulation", 1)
-        for part in range(parts):
-            rows = slice(rank * parts + part, None, ranks * parts)
-            h, t = (torch.tensor(a[rows], dtype=torch.float32) for a in (inputs, targets))
-            if case.get("bf16"):
-                h, t = h.bfloat16(), t.bfloat16()
-            loss = nn.functional.mse_loss(wrapped(h), t)
-            if optimizer is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            else:
-                wrapped.backward(loss)
-                wrapped.step()
-        handle.check()
-        losses.append(loss.item())
+        if case["engine"] == "fsdp1":
+            from torch.distributed.fsdp import FullyShardedDataParallel
+
+            wrapped = FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+        elif case["engine"] == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(module)
+        else:
+            fsdp2_model(model, case)
+            wrapped = module
+        optimizer = make_optimizer(model, case)
+    losses = train(torch.compile(wrapped, backend="eager") if case.get("compile") else wrapped, optimizer, case, handle)
     states = None if optimizer is None else optimizer.state
     result = {
         "values": {name: whole(p, "value", states) for name, p in named(model)},
         **{
             moment: {name: whole(p, moment, states) for name, p in named(model)} if has_moments(case) else {}
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in moments_of(case)
         },
         "num_factors": handle.num_factors,
         "steps": handle.steps,
+        "losses": losses,
         "orthonormality_error": handle.orthonormality_error(),
     }
     handle.remove()
     return result
+
+
+def refusal(case: dict[str, Any]) -> str:
+    """The message of the error that a case ends with, empty if it does not."""
+    try:
+        run_case(case)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def train(wrapped: Any, optimizer: torch.optim.Optimizer | None, case: dict[str, Any], handle: Any) -> list[float]:
+    """Five steps; with `loss_scale` a sixth between them overflows and is left out. Returns the losses."""
+    rank, ranks, parts = dist.get_rank(), dist.get_world_size(), case.get("accumulation", 1)
+    dtype, losses = DTYPES[case.get("dtype", "fp32")], []
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and case["engine"] == "ddp")
+    with_overflow = bool(case.get("loss_scale"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=with_overflow and optimizer is not None)
+    batches = network.make_problem()[2]
+    for number, (inputs, targets) in enumerate([*batches[:2], *batches[1:]] if with_overflow else batches):
+        overflows = with_overflow and number == 1
+        for part in range(parts):
+            rows = slice(rank * parts + part, None, ranks * parts)
+            h, t = (torch.tensor(a[rows], dtype=torch.float32) for a in (inputs, targets))
+            if optimizer is None:
+                h = h.to(dtype)
+            with autocast:
+                out = wrapped(h)
+            loss = nn.functional.mse_loss(out if optimizer is None else out.float(), t) * (
+                torch.inf if overflows else 1
+            )
+            if optimizer is not None:
+                scaler.scale(loss / parts).backward()
+            else:
+                wrapped.backward(loss)
+                wrapped.step()
+        if optimizer is not None:
+            if case.get("max_grad_norm"):
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(wrapped.parameters(), case["max_grad_norm"])
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        # A fused optimizer is called, and told to leave the step out; another is not called at all.
+        handle.check(step_was_skipped=overflows)
+        losses.append(loss.item())
+    return losses
+
+
+def moments_of(case: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the moments that are compared."""
+    if case.get("optimizer") in ("adamw_8bit", "zero_redundancy"):
+        return ()
+    return ("momentum_buffer",) if case.get("optimizer") == "sgd" else ("exp_avg", "exp_avg_sq")
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -236,9 +391,13 @@ def main() -> None:
         join_deepspeed()  # without compiling DeepSpeed's own all-reduce
     cuts = all_arbitrary_cuts()
     for number, case in enumerate(CASES):
+        if case not in cases_of(dist.get_world_size()):
+            continue
         result = {"case": case, **run_case(case)}
         if dist.get_rank() == 0:
             (out / f"case-{number}.json").write_text(json.dumps(result))
+    if dist.get_world_size() == 2:
+        (out / f"refused-{dist.get_rank()}.json").write_text(json.dumps([refusal(case) for case, _ in REFUSED]))
     (out / f"cuts-{dist.get_rank()}.json").write_text(json.dumps(cuts))
     dist.destroy_process_group()
 

@@ -52,3 +52,12 @@ def make_network(values: dict[str, np.ndarray], weights: list[np.ndarray]) -> nn
             for k, (W0, scale) in enumerate(zip(weights, SCALES, strict=True))
         )
     )
+
+
+def add_frozen_adapter(model: nn.Sequential, name: str = "other") -> None:
+    """Give each layer a second adapter, of rank 2 where it fits, that is not trained."""
+    for layer in model:
+        for part in ("polar_X", "polar_Theta", "polar_Y"):
+            container = getattr(layer, part)
+            value = container[ADAPTER].detach()[:, :2].contiguous()
+            container[name] = nn.Parameter(value[:2] if part == "polar_Theta" else value, requires_grad=False)

@@ -113,3 +113,28 @@ def test_dry_run_prints_the_arithmetic_and_writes_nothing(settings, tmp_path) ->
     # 106,688 base parameters in fp32 over 2 ranks; the tokenizer of the tests decides the last digits.
     assert re.search(r"at least [0-9.]+ MiB per process: weights 0\.2[0-9] MiB", text)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            ("--second_moment", "per_factor"),
+            "StiefelAdamW with offload_optimizer: accelerate would replace it by DeepSpeedCPUAdam without a word: set "
+            '"zero_force_ds_cpu_optimizer": false in the DeepSpeed config, or use AdamW',
+        ),
+        (
+            ("--load_in_8bit",),
+            "a base in 8-bit under ZeRO-3 does not work: int8 weights cannot be cut: use load_in_4bit, or replicate "
+            "the base (DDP, ZeRO-1, ZeRO-2)",
+        ),
+    ],
+    ids=["replaced optimizer", "int8 base"],
+)
+def test_what_an_engine_cannot_do_is_said_before_anything_is_read(settings, tmp_path, extra, message) -> None:
+    settings |= {"model_name_or_path": str(tmp_path), "deepspeed": "ds_configs/zero3_offload.json"}
+    (tmp_path / "config.json").write_text("{}")
+    result = train(*_argv(settings), *extra, ok=False)
+    assert result.returncode == 2
+    assert f"polar: error: {message}\n" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -23,6 +23,8 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("14 svd", "MLP", {"target_modules": ["lin0"], "init_factors": "svd"}),
     ("15 Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "r": 1}),
     ("16 exclude", "MLP", {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]}),
+    ("17 tangent", "MLP", {"target_modules": ["lin0"], "backward_field": "tangent"}),
+    ("18 landing", "MLP", {"target_modules": ["lin0"], "backward_field": "landing", "landing_penalty": 0.3}),
 ]
 
 # Rows for MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES: (name, arguments of adapter 1, of adapter 2).

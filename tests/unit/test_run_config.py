@@ -195,6 +195,15 @@ MISTAKES = {
     "adapter method": (["--adapter.peft_type", "LORRA"], "LORRA", "LORA"),
     "not a mapping": (["--template.name", "x"], "--template.name", "template"),
     "adapter value missing": (["--adapter.r"], "--adapter.r", "value"),
+    "field twice": (["--adapter.backward_field", "tangent", "--manifold_step", "landing"], "landing", "act twice"),
+    "field and loop": (
+        [
+            *("--adapter.backward_field", "landing", "--adapter.landing_penalty", "1", "--manifold_step", "none"),
+            *("--global_batch_size", "16", "--per_device_train_batch_size", "4"),
+        ],
+        "adapter.gradient_accumulation_steps is 1",
+        "set it to 4",
+    ),
     "penalty without landing": (["--landing_penalty", "0.1"], "0.1", "landing"),
     "model without config": (["--model_name_or_path", "."], ".", "config.json"),
     "model missing": (["--model_name_or_path", "./nowhere/model"], "./nowhere/model", "no such folder"),
