@@ -117,7 +117,7 @@ def write_optimizer_state(
     """
     inner = inner_optimizer(optimizer)
     slices = resolve(trainable_parameters(model), model)
-    is_torch = type(inner).__module__.startswith("torch.optim")
+    is_torch = type(inner).__module__.startswith(("torch.optim", "polar."))  # others count steps in an int
     with torch.no_grad():
         for name, item in slices.items():
             state = inner.state[item.leaf] if name in steps or keys.get(name) else {}

@@ -1,11 +1,12 @@
 """One rank of tests/distributed/test_engine_state.py.
 
-Usage: torchrun --nproc_per_node N engine_state_worker.py save|load FOLDER
+Usage: python engine_state_worker.py FOLDER; it forks the ranks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import network
-from constrain_worker import LR, fsdp2_model, has_moments, named, parameter_groups, whole, zero_engine
+from constrain_worker import fsdp2_model, has_moments, make_optimizer, named, whole, zero_engine
 
 import polar
 from polar.engine_state import whole_optimizer_state, whole_values, write_optimizer_state, write_values
@@ -29,7 +30,18 @@ CASES: list[dict[str, Any]] = [
     {"engine": "zero1"},
     {"engine": "zero3", "bf16": True},
     {"engine": "zero2", "bf16": True},
+    {"engine": "zero3", "optimizer": "stiefel_adamw"},
+    {"engine": "ddp", "optimizer": "stiefel_adamw"},
+    {"engine": "fsdp2", "optimizer": "stiefel_adamw"},
 ]
+SAVING_RANKS = 2
+# By number of ranks: which case reads whose state. On 3 ranks everybody reads another engine's; FSDP2 is HSDP on 4.
+LOADS: dict[int, list[tuple[int, int]]] = {
+    1: [(0, 0), (1, 0), (3, 0)],
+    2: [(2, 0), (3, 0), (7, 7), (9, 7)],
+    3: [*((k, (k + 1) % 7) for k in range(7)), (3, 0), (7, 8), (8, 9), (9, 7)],
+    4: [(0, 0), (3, 0), (7, 7)],
+}
 STEPS_BEFORE, STEPS_AFTER = 3, 2
 
 
@@ -46,10 +58,11 @@ class Training:
         else:
             self.wrapped = nn.parallel.DistributedDataParallel(self.model) if case["engine"] == "ddp" else None
             self.wrapped = self.wrapped or fsdp2_model(self.model)
-            self.optimizer = torch.optim.Adam(parameter_groups(self.model, "one"), lr=LR)
+            self.optimizer = make_optimizer(self.model, case)
 
-    def run(self, first: int, number: int) -> None:
-        rank, ranks = dist.get_rank(), dist.get_world_size()
+    def run(self, first: int, number: int) -> list[float]:
+        """Make steps; returns the mean loss of all ranks before each."""
+        rank, ranks, losses = dist.get_rank(), dist.get_world_size(), []
         for inputs, targets in self.batches[first : first + number]:
             h, t = (torch.tensor(a[rank::ranks], dtype=torch.float32) for a in (inputs, targets))
             if self.case.get("bf16"):
@@ -62,6 +75,10 @@ class Training:
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
+            mean = loss.detach().float()
+            dist.all_reduce(mean)
+            losses.append(mean.item() / ranks)
+        return losses
 
     def state(self) -> dict[str, Any]:
         optimizer = whole_optimizer_state(self.model, self.optimizer, keep=True)
@@ -109,10 +126,10 @@ def save(case: dict[str, Any], path: Path) -> dict[str, Any]:
             tensor = state["values"][name] if what == "value" else state["moments"][name][what]
             if tensor.double().reshape(-1).tolist() != whole(parameter, what, states):
                 wrong.append(f"{name} {what}")
-    training.run(STEPS_BEFORE, STEPS_AFTER)
+    losses = training.run(STEPS_BEFORE, STEPS_AFTER)
     after = whole_values(training.model)
     if dist.get_rank() == 0:
-        torch.save({"before": state, "after": after}, path)
+        torch.save({"before": state, "after": after, "losses": losses}, path)
     training.handle.remove()
     return {"wrong": wrong, "steps": sorted(set(state["steps"].values()))}
 
@@ -130,25 +147,45 @@ def load(case: dict[str, Any], path: Path) -> dict[str, Any]:
     for name, copy in training.compute_copies().items():
         if not same(copy, before["values"][name].to(copy.dtype)):
             wrong.append(f"{name} compute copy")
-    training.run(STEPS_BEFORE, STEPS_AFTER)
+    losses = training.run(STEPS_BEFORE, STEPS_AFTER)
     after = whole_values(training.model)
     training.handle.remove()
-    return {"wrong": wrong, "distance": max((after[n] - v).abs().max().item() for n, v in saved["after"].items())}
+    return {
+        "wrong": wrong,
+        "distance": max((after[n] - v).abs().max().item() for n, v in saved["after"].items()),
+        "losses": losses,
+        "expected_losses": saved["losses"],
+    }
+
+
+def rank_work(what: str, folder: Path) -> None:
+    """All that one rank saves or loads."""
+    from polar.launch import join_deepspeed
+
+    torch.set_num_threads(1)
+    join_deepspeed()  # without compiling DeepSpeed's own all-reduce
+    if what == "save":
+        for number, case in enumerate(CASES):
+            result = save(case, folder / f"state-{number}.pt")
+            (folder / f"save-{number}-{dist.get_rank()}.json").write_text(json.dumps(result))
+    else:
+        for number, source in LOADS[dist.get_world_size()]:
+            result = load(CASES[number], folder / f"state-{source}.pt")
+            name = f"load-{dist.get_world_size()}-{number}-{source}-{dist.get_rank()}.json"
+            (folder / name).write_text(json.dumps(result))
+    dist.destroy_process_group()
 
 
 def main() -> None:
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    import deepspeed
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.runtime.zero.stage3  # noqa: F401  before the ranks are forked
 
-    deepspeed.init_distributed("gloo", verbose=False)
-    for number, case in enumerate(CASES):
-        if what == "save":
-            result = save(case, folder / f"state-{number}.pt")
-        else:
-            result = load(case, folder / f"state-{(number + 1) % len(CASES)}.pt")
-        (folder / f"{what}-{number}-{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    from tests.forked_ranks import run_ranks
+
+    folder = Path(sys.argv[1])
+    run_ranks(SAVING_RANKS, lambda: rank_work("save", folder), folder / "save.log")
+    for ranks in LOADS:
+        run_ranks(ranks, lambda: rank_work("load", folder), folder / f"load-{ranks}.log")
 
 
 if __name__ == "__main__":
