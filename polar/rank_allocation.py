@@ -33,6 +33,11 @@ class LayerSize:
         """No adapter of this layer can have a higher rank."""
         return min(self.d_out, self.d_in)
 
+    @property
+    def longer(self) -> int:
+        """N, the larger side."""
+        return max(self.d_out, self.d_in)
+
 
 def composite_scores(
     alphas: Sequence[float], spikes: Sequence[int], w_hill: float = 0.7, w_spikes: float = 0.3

@@ -23,7 +23,7 @@ from polar.base_spectra import Precision, SpectrumCache, WeightSpectrum, read_sp
 from polar.base_weights import find_weights
 from polar.errors import UserError
 from polar.files import write_json
-from polar.heavy_tails import PowerLawFit, count_spikes, fit_power_law
+from polar.heavy_tails import FitName, PowerLawFit, count_spikes, fit_power_law
 from polar.rank_allocation import (
     LayerSize,
     RankBounds,
@@ -85,8 +85,15 @@ def compute_ranks(
     sizes = [LayerSize(w.name, base.linears[w.name].d_out, base.linears[w.name].d_in) for w in weights]
     if precision == "auto" and settings.fit != "median":
         precision = "float64"
-    read = read_spectra(weights, precision, device, workers, SpectrumCache(cache))
-    measures = _measure(sizes, [read.spectra[weight.name] for weight in weights], settings, workers)
+    kept = SpectrumCache(cache)
+    read = read_spectra(weights, precision, device, workers, kept)
+    spectra = [read.spectra[weight.name] for weight in weights]
+    identity = [read.file_hashes, precision, settings.fit, [weight.name for weight in weights]]
+    fits = kept.fits(identity, lambda: _fit(sizes, spectra, settings.fit, workers))
+    measures = [
+        LayerMeasure(size, spectrum, fit, count_spikes(spectrum.eigenvalues, size.longer, settings.tracy_widom))
+        for size, spectrum, fit in zip(sizes, spectra, fits, strict=True)
+    ]
     ranks = allocate(measures, settings)
     module_names = {name for name, _ in base.model.named_modules()}
     provenance = {
@@ -108,21 +115,20 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _measure(
-    sizes: Sequence[LayerSize], spectra: Sequence[WeightSpectrum], settings: RankSettings, workers: int
-) -> list[LayerMeasure]:
-    def measure(size: LayerSize, spectrum: WeightSpectrum) -> LayerMeasure:
+def _fit(
+    sizes: Sequence[LayerSize], spectra: Sequence[WeightSpectrum], fit: FitName, workers: int
+) -> list[PowerLawFit]:
+    def one(size: LayerSize, spectrum: WeightSpectrum) -> PowerLawFit:
         try:
-            law = fit_power_law(spectrum.eigenvalues, settings.fit, spectrum.rounding)
+            law = fit_power_law(spectrum.eigenvalues, fit, spectrum.rounding)
         except UserError as error:
             raise UserError(f"{size.name}: {error}: --exclude {size.name}") from error
         if law.alpha == float("inf"):
             raise UserError(f"{size.name}: all its singular values are equal, so it has no tail: --exclude {size.name}")
-        longer = max(size.d_out, size.d_in)
-        return LayerMeasure(size, spectrum, law, count_spikes(spectrum.eigenvalues, longer, settings.tracy_widom))
+        return law
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(measure, sizes, spectra))
+        return list(pool.map(one, sizes, spectra))
 
 
 def allocate(measures: Sequence[LayerMeasure], settings: RankSettings) -> list[int | None]:
