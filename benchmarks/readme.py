@@ -1,4 +1,5 @@
-"""Write the table of measured numbers in README.md from benchmarks/results/*.json; `--check` only compares.
+"""Write what README.md shows of other files: measured numbers from benchmarks/results/*.json, what runs on what from
+`polar.compatibility`. `--check` only compares.
 
 Usage: python -m benchmarks.readme [--check]
 """
@@ -10,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from polar.compatibility import table
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: made by `python -m benchmarks.readme` -->", "<!-- end of measured -->"
+TABLE_BEGIN, TABLE_END = "<!-- engines: made by `python -m benchmarks.readme` -->", "<!-- end of engines -->"
 BASELINES = {
     "landing_nxn": "n x n landing formula, as the paper's code computes it",
     "svd": "projection + one SVD per factor",
@@ -179,15 +183,22 @@ def _how(result: dict[str, Any], note: str) -> str:
     return f"{text} {note}".strip()
 
 
+def with_generated_parts(text: str) -> str:
+    """The README with the parts between the markers as they have to be."""
+    engines = "\n".join([TABLE_BEGIN, "", *table(), "", TABLE_END])
+    for begin, end, part in ((BEGIN, END, measured_section()), (TABLE_BEGIN, TABLE_END, engines)):
+        before, _, rest = text.partition(begin)
+        text = before + part + rest.partition(end)[2]
+    return text
+
+
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    new = before + measured_section() + after
+    new = with_generated_parts(text)
     if "--check" in sys.argv[1:]:
         if new != text:
-            print("README.md does not show benchmarks/results: run python -m benchmarks.readme", file=sys.stderr)
+            print("README.md does not show what it should: run python -m benchmarks.readme", file=sys.stderr)
         return int(new != text)
     readme.write_text(new, encoding="utf-8")
     return 0

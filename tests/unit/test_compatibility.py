@@ -7,9 +7,10 @@ import itertools
 import pytest
 
 from polar import compatibility
-from polar.compatibility import ENGINES, OPTIMIZERS, PRECISIONS, check_supported, verdict
+from polar.compatibility import BASES, ENGINES, OPTIMIZERS, PRECISIONS, check_supported, verdict
 from polar.errors import UserError
 from tests.distributed.constrain_worker import CLOSE, EXACT, REFUSED
+from tests.distributed.quantized_worker import CASES as QUANTIZED
 
 ENGINE_OF = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 OPTIMIZER_OF = {
@@ -47,6 +48,12 @@ def test_each_combination_in_fp32_and_each_precision_has_a_case() -> None:
     for engine, precision in itertools.product(ENGINES[1:], PRECISIONS):
         if (engine, precision) != ("FSDP2", "fp16"):  # bf16 is FSDP2's precision here; fp16 would need its own scaler
             assert (engine, "AdamW", precision) in tested, (engine, precision)
+
+
+def test_each_engine_with_a_quantised_base_has_a_case() -> None:
+    tested = {(f"{bits}-bit", ENGINE_OF[engine]) for bits, engine in QUANTIZED}
+    for base, engine in itertools.product(BASES[1:], ENGINES[1:]):
+        assert ((base, engine) in tested) == (verdict(engine, "AdamW", "bf16", base).status == "close"), (base, engine)
 
 
 def test_refusals_name_the_combination_and_the_fix() -> None:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_measured_numbers_are_those_of_the_result_files() -> None:
-    assert readme.measured_section() in TEXT
+def test_numbers_and_engines_are_those_of_the_result_files_and_of_the_code() -> None:
+    assert readme.with_generated_parts(TEXT) == TEXT
 
 
 def test_every_module_of_the_package_is_in_the_flow_and_every_named_file_exists() -> None:

@@ -1,4 +1,4 @@
-"""PoLAR on bitsandbytes 4-bit and 8-bit bases: trained on one process and under DDP, merged, started from its SVD."""
+"""PoLAR on bitsandbytes 4-bit and 8-bit bases: trained on one process, DDP and ZeRO, merged, begun from its SVD."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from polar import PolarConfig
 from tests.distributed.launch import run_ranks
-from tests.distributed.quantized_worker import Net, build, run_case
+from tests.distributed.quantized_worker import CASES, Net, build, run_case
 
 WORKER = Path(__file__).with_name("quantized_worker.py")
 BITS = [4, 8]
@@ -22,17 +22,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the reports of two DDP ranks."""
+    """The folder with the reports of two ranks, under each engine."""
     out = tmp_path_factory.mktemp("ranks")
     run_ranks(2, WORKER, str(out))
     return out
 
 
-@pytest.fixture(params=BITS)
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} bits, {case[1]}")
 def reports(request: pytest.FixtureRequest, ranks: Path) -> list[dict]:
-    """Reports of one process and of both DDP ranks, after the same training on the same rows."""
-    files = [ranks / f"bits-{request.param}-rank-{rank}.json" for rank in range(2)]
-    return [run_case(request.param), *(json.loads(file.read_text()) for file in files)]
+    """Reports of one process and of both ranks, after the same training on the same rows."""
+    bits, engine = request.param
+    files = [ranks / f"bits-{bits}-{engine}-rank-{rank}.json" for rank in range(2)]
+    return [run_case(bits), *(json.loads(file.read_text()) for file in files)]
 
 
 def test_factors_stay_fp32_and_orthonormal_while_the_loss_falls(reports: list[dict]) -> None:
@@ -44,7 +45,7 @@ def test_factors_stay_fp32_and_orthonormal_while_the_loss_falls(reports: list[di
         assert report["base_unchanged"]
 
 
-def test_ddp_follows_one_process_and_its_ranks_agree(reports: list[dict]) -> None:
+def test_engines_follow_one_process_and_ranks_agree(reports: list[dict]) -> None:
     """The same rows in another partition; measured: losses equal to 1e-7."""
     alone, first, second = reports
     assert first["Theta"] == second["Theta"]
