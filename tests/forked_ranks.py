@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 def start_ranks(num_ranks: int, work: Callable[[], int | None], log: Path) -> list[int]:

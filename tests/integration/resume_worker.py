@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,7 @@ class Engines:
         for name, ranks, micro_batch, engine in ELSEWHERE:
             stopped(self.folder / "reference", self.folder / name, STOP)
             self.run(name, ranks, micro_batch, engine, "--resume")
+        self.killed("killed")
         self.full_disk("full disk")
 
     def arguments(self, name: str, micro_batch: int, engine: str, *more: str) -> list[str]:
@@ -86,6 +88,20 @@ class Engines:
         arguments = self.arguments(name, micro_batch, engine, *more)
         run_ranks(ranks, lambda: train_main(arguments), self.folder / f"{name}.log")
 
+    def killed(self, name: str) -> None:
+        """A rank dies, and no launcher ends the other one: in the save of step 6, then in step 8; then it ends well."""
+        arguments, codes = self.arguments(name, 6, "zero3", "--resume"), []
+        for rank, die in enumerate((die_in_save, die_in_step)):
+
+            def work(rank: int = rank, die: Callable[[], None] = die) -> int:
+                if os.environ["RANK"] == str(rank):
+                    die()
+                return train_main(arguments)
+
+            codes.append(wait_for_ranks(start_ranks(2, work, self.folder / f"{name} {rank}.log"), timeout_s=60))
+        (self.folder / f"{name}.json").write_text(json.dumps(codes))
+        self.run(name, 2, 6, "zero3", "--resume")
+
     def full_disk(self, name: str) -> None:
         """A checkpoint that the main process cannot write must end both ranks, not leave one waiting."""
         arguments = self.arguments(name, 6, "", "--eval_strategy", "no", "--save_steps", "2")
@@ -96,6 +112,34 @@ class Engines:
 
         codes = wait_for_ranks(start_ranks(2, work, self.folder / f"{name}.log"), timeout_s=60)
         (self.folder / "full disk.json").write_text(json.dumps(codes))
+
+
+def die_in_save() -> None:
+    """Let this process be killed when the tensors of checkpoint-6 are written, and nothing after them."""
+    from polar import checkpoint
+
+    write = checkpoint.write_tensors
+
+    def write_and_die(folder: Path, tensors: Any) -> None:
+        write(folder, tensors)
+        if ".checkpoint-6." in folder.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.write_tensors = write_and_die
+
+
+def die_in_step() -> None:
+    """Let this process be killed in step 8, before it joins the collectives of its backward pass."""
+    from polar.trainer import AdapterTrainerMixin
+
+    step = AdapterTrainerMixin.training_step
+
+    def die_or_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    AdapterTrainerMixin.training_step = die_or_step
 
 
 class Saves:
@@ -110,6 +154,7 @@ class Saves:
         ]
         self.last: Any = None
         self.labels: list[str] = []
+        self.flushed: list[str] = []
         self.is_copying = True
 
     def __call__(self) -> None:
@@ -127,12 +172,19 @@ class Saves:
         """Train; every change is announced by an audit event of Python, or follows an `fsync`."""
         (self.folder / "snapshots").mkdir()
         flush = os.fsync
-        os.fsync = lambda descriptor: (flush(descriptor), self.snapshot("fsync"))[0]
+
+        def flush_and_look(descriptor: int) -> None:
+            flush(descriptor)
+            name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+            self.flushed.append(name)
+            self.snapshot(f"after fsync {name}")
+
+        os.fsync = flush_and_look
         sys.addaudithook(self.hear)
         self.is_copying = False
         code = train_main([*self.settings, "--output_dir", str(self.run)])
         self.is_copying = True
-        (self.folder / "snapshots.json").write_text(json.dumps(self.labels))
+        (self.folder / "snapshots.json").write_text(json.dumps({"labels": self.labels, "flushed": self.flushed}))
         return code
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:

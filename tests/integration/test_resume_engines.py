@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_gemma3: Path, rows: Path
     """`reference`, not stopped; a folder for each of ELSEWHERE; `full disk`."""
     folder = tmp_path_factory.mktemp("runs")
     command = [sys.executable, str(WORKER), "engines", str(folder), str(tiny_gemma3), str(rows)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
@@ -88,6 +88,19 @@ def test_checkpoint_that_cannot_be_written_ends_all_ranks(runs: Path) -> None:
     assert tensors.stat().st_size > SIZE_LIMIT
 
 
+def test_two_kills_without_a_launcher_lose_nothing(runs: Path) -> None:
+    """Rank 0 dies in the save of step 6, rank 1 in step 8: the other rank ends too, and the next start goes on."""
+    dead = -signal.SIGKILL
+    assert json.loads((runs / "killed.json").read_text()) == [[dead, 1], [1, dead]]
+    for log, line in (
+        ("killed 0.log0", "starting afresh"),
+        ("killed 1.log0", f"checkpoint-3: step 3 of {STEPS}, made by 2 processes"),
+        ("killed.log0", f"checkpoint-6: step 6 of {STEPS}, made by 2 processes"),
+    ):
+        assert line in (runs / log).read_text()
+    _assert_equal(runs / "killed", runs / "reference")
+
+
 @dataclass
 class Killed:
     run: Path
@@ -135,14 +148,18 @@ def test_run_with_a_killed_rank_resumes_bit_for_bit(killed: Killed, runs: Path) 
     """The reference never stopped, and its ranks were not even started by the launcher."""
     resumed = deepspeed_train(*killed.settings, "--output_dir", str(killed.run), "--resume").stdout
     assert "checkpoint-3: step 3 of" in resumed or "checkpoint-6: step 6 of" in resumed
-    reference = runs / "reference"
+    _assert_equal(killed.run, runs / "reference")
+
+
+def _assert_equal(run: Path, reference: Path) -> None:
+    """Values, moments, adapter and logs are the same bit for bit, and nothing unfinished is left."""
     for name in ("adapter/adapter_model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors"):
-        found, expected = load_file(killed.run / name), load_file(reference / name)
+        found, expected = load_file(run / name), load_file(reference / name)
         assert found.keys() == expected.keys()
         assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
     for key in ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "epoch", "num_tokens"):
-        assert metrics(killed.run, key) == metrics(reference, key)
-    assert not list(killed.run.glob(".*"))
+        assert metrics(run, key) == metrics(reference, key)
+    assert not list(run.glob(".*"))
 
 
 def _processes() -> dict[int, tuple[int, int]]:

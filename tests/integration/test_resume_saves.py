@@ -25,7 +25,7 @@ def saves(tmp_path_factory: pytest.TempPathFactory, tiny_gemma3: Path, tiny_rows
     """`run`, not stopped; `snapshots/N`, its folder at each change; a folder per SAVE_STATES, continued from there."""
     folder = tmp_path_factory.mktemp("saves")
     command = [sys.executable, str(WORKER), "saves", str(folder), str(tiny_gemma3), str(tiny_rows)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
@@ -59,6 +59,15 @@ def test_next_start_leaves_no_trace_of_a_kill_and_loses_no_adapter(saves: Path, 
         assert list(copy.glob(".*")) == []
         assert load_file(copy / "adapter" / "adapter_model.safetensors").keys()
         assert {p.name for p in snapshot.glob("[!.]*")} <= {p.name for p in copy.iterdir()}
+
+
+def test_log_is_on_the_disk_before_the_checkpoint_that_counts_its_bytes(saves: Path) -> None:
+    flushed = json.loads((saves / "snapshots.json").read_text())["flushed"]
+    for step in range(2, SAVES_STEPS + 1, 2):
+        first = next(k for k, name in enumerate(flushed) if name.startswith(f".checkpoint-{step}.incomplete-"))
+        log = max(k for k, name in enumerate(flushed[:first]) if name == "metrics.jsonl")
+        previous = [k for k, name in enumerate(flushed[:first]) if name.startswith(f".checkpoint-{step - 2}.inc")]
+        assert log > max(previous, default=-1)
 
 
 @pytest.mark.parametrize("state", SAVE_STATES)
