@@ -128,7 +128,7 @@ def adaptive_ranks(result: dict[str, Any]) -> list[str]:
         f"**Adaptive ranks from the spectra of {result['model']}'s shapes** ({result['num_weights']} weights of {part}"
         f"layers, random bf16, {_where(result)}); median of {runs} processes that alternate:",
         "",
-        "| method | s | s of processor time | `polar ranks` is faster by | by processor time | peak memory, MiB |",
+        "| method | s (min to max) | processor s | `polar ranks` is faster by | by processor time | peak memory, MiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     names = {
@@ -138,13 +138,18 @@ def adaptive_ranks(result: dict[str, Any]) -> list[str]:
     }
     for method, name in names.items():
         counts = {1, result["threads"]}
-        best = [min(times[f"{method}_{n}_threads"]["median"] for n in counts) for times in (wall, processor)]
+        fastest, least = (
+            min((times[f"{method}_{n}_threads"] for n in counts), key=lambda values: values["median"])
+            for times in (wall, processor)
+        )
         ratios = [f"{faster[key][method]:.1f}x" if method in faster[key] else "" for key in ("seconds", "cpu_seconds")]
         peak = f"{memory[method]:,.0f}" if method in memory else ""
-        lines.append(f"| {name} | {best[0]:.1f} | {best[1]:.1f} | {ratios[0]} | {ratios[1]} | {peak} |")
+        seconds = f"{fastest['median']:.1f} ({fastest['min']:.1f} to {fastest['max']:.1f})"
+        lines.append(f"| {name} | {seconds} | {least['median']:.1f} | {ratios[0]} | {ratios[1]} | {peak} |")
     errors = ", ".join(f"{row['float32_gram']:.0e} at {row['steepness']:.0e}" for row in result["accuracy"])
     largest = max(row["auto"] for row in result["accuracy"])
     note = (
+        "Other work on the machine spreads the wall clock; processor time it hardly touches. "
         f"Memory is for all {total} layers ({result['weights_mib']:,.0f} MiB of weights, the largest "
         f"{result['largest_weight_mib']['bf16']:.0f}). alpha_hill from float32 Gram matrices against a float64 SVD, by "
         f"largest over median eigenvalue: relative error {errors}; with the automatic switch to float64 at 1e4 at most "
