@@ -33,12 +33,13 @@ CASES: list[dict[str, Any]] = [
     {"engine": "zero3", "optimizer": "stiefel_adamw"},
     {"engine": "ddp", "optimizer": "stiefel_adamw"},
     {"engine": "fsdp2", "optimizer": "stiefel_adamw"},
+    {"engine": "zero3", "offload": "optimizer", "optimizer": "cpu_adam"},  # what accelerate makes of AdamW
 ]
 SAVING_RANKS = 2
 # By number of ranks: which case reads whose state. On 3 ranks everybody reads another engine's; FSDP2 is HSDP on 4.
 LOADS: dict[int, list[tuple[int, int]]] = {
     1: [(0, 0), (1, 0), (3, 0)],
-    2: [(2, 0), (3, 0), (7, 7), (9, 7)],
+    2: [(2, 0), (3, 0), (7, 7), (9, 7), (10, 0), (0, 10)],
     3: [*((k, (k + 1) % 7) for k in range(7)), (3, 0), (7, 8), (8, 9), (9, 7)],
     4: [(0, 0), (3, 0), (7, 7)],
 }
