@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import convergence_report
 from polar.compatibility import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,12 +159,21 @@ def adaptive_ranks(result: dict[str, Any]) -> list[str]:
     return [*lines, "", _how(result, note)]
 
 
+def convergence(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/convergence.py; its parts may come from different runs."""
+    lines = []
+    for part, of in result["parts"].items():
+        lines += [*convergence_report.section(part, of, result["comparison"]), _how(of, f"On {_where(of)}."), ""]
+    return [*lines, convergence_report.conclusion(result["comparison"])]
+
+
 SECTIONS = {
     "manifold_step": manifold_step,
     "manifold_step_distributed": manifold_step_distributed,
     "step_overhead": step_overhead,
     "manifold_comm": manifold_comm,
     "adaptive_ranks": adaptive_ranks,
+    "convergence": convergence,
 }
 
 

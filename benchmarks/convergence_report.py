@@ -1,0 +1,256 @@
+"""What benchmarks/convergence.py found: comparison with the shipped default, plots, and the README's lines about it."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Found = dict[str, Any]  # what `convergence.summarise` stores of one method on one problem
+
+DEFAULT = "retract_polar AdamW"
+CLEAR = 0.95  # a method is clearly better if it is better for every seed and its median ratio is below
+# Loss to be reached, as a multiple of the default's median final loss.
+THRESHOLDS = {"factorisation": 10.0, "language_model": 1.25}
+TABLE = (
+    DEFAULT,
+    "retract_qr AdamW",
+    "retract_polar StiefelAdamW",
+    "retract_polar project_momentum AdamW",
+    "retract_polar project_momentum StiefelAdamW",
+    "retract_polar reference_width AdamW",
+    "retract_polar SGD",
+    "landing AdamW",
+    "landing_nxn AdamW",
+    "euclidean_penalty AdamW",
+    "none AdamW",
+    "lora AdamW",
+)
+# Colour (an index of the report's colour-blind-safe ones) and dashes.
+LINES: dict[str, tuple[int, str]] = {
+    DEFAULT: (0, "-"),
+    "retract_polar StiefelAdamW": (1, "-"),
+    "retract_polar SGD": (0, ":"),
+    "landing AdamW": (2, "-"),
+    "landing_nxn AdamW": (2, "--"),
+    "none AdamW": (4, "-"),
+    "lora AdamW": (3, "-"),
+    "lora SGD": (3, ":"),
+}
+
+
+def problems_in(parts: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Found], float]]:
+    """Part, problem, its methods, and the loss below which all losses count as equal."""
+    for part, result in parts.items():
+        for name, problem in result["problems"].items():
+            yield part, name, problem["methods"], problem["settings"].get("floor", 0.0)
+
+
+def values(losses: Sequence[float | None]) -> list[float]:
+    """Stored losses as numbers; null, where training diverged, is inf."""
+    return [math.inf if value is None else value for value in losses]
+
+
+def compare(parts: dict[str, Any]) -> dict[str, Any]:
+    """Final losses over those of the shipped default, seed by seed.
+
+    Returns:
+        per problem and method `median_ratio` (null: diverged), `seeds_better` and `verdict`: clearly better, clearly
+        worse (the same rule the other way round), or neither; and the methods other than LoRA that are clearly better
+        on every problem.
+    """
+    problems: dict[str, dict[str, Any]] = {}
+    for _, name, methods, floor in problems_in(parts):
+        default = [max(value, floor) for value in values(methods[DEFAULT]["final"])]
+        problems[name] = {}
+        for method, found in methods.items():
+            if method != DEFAULT:
+                final = [max(value, floor) for value in values(found["final"])]
+                problems[name][method] = verdict_of([a / b for a, b in zip(final, default, strict=True)])
+    return {
+        "problems": problems,
+        "clearly_better_on_every_problem": [
+            method
+            for method in next(iter(problems.values()))
+            if not method.startswith("lora")
+            and all(of.get(method, {}).get("verdict") == "clearly better" for of in problems.values())
+        ],
+    }
+
+
+def verdict_of(ratios: Sequence[float]) -> dict[str, Any]:
+    """Judge a method by its ratios to the default, one per seed."""
+    median = statistics.median(ratios)
+    verdict = "neither"
+    if max(ratios) < 1 and median < CLEAR:
+        verdict = "clearly better"
+    elif min(ratios) > 1 and median > 1 / CLEAR:
+        verdict = "clearly worse"
+    return {
+        "median_ratio": float(f"{median:.4g}") if math.isfinite(median) else None,
+        "seeds_better": sum(ratio < 1 for ratio in ratios),
+        "verdict": verdict,
+    }
+
+
+def median_curve(found: Found) -> list[float]:
+    """Median over the seeds of the losses at `found["steps"]`."""
+    columns = zip(*(values(curve) for curve in found["losses"]), strict=True)
+    return [statistics.median(column) for column in columns]
+
+
+def steps_to(found: Found, threshold: float) -> int | None:
+    """Steps until the median loss is at most `threshold`; None: never."""
+    reached = (step for step, loss in zip(found["steps"], median_curve(found), strict=True) if loss <= threshold)
+    return next(reached, None)
+
+
+# The plots.
+
+
+def draw(parts: dict[str, Any], folder: Path) -> None:
+    """Write convergence_PART.png for each part: a column per problem, loss against steps and against seconds."""
+    from matplotlib.figure import Figure
+
+    for part, result in parts.items():
+        problems = result["problems"]
+        several = len(problems) > 1
+        figure = Figure(figsize=(4.3 * len(problems), 7.6) if several else (9, 4.6), dpi=120, layout="constrained")
+        # Several problems are columns; one alone has its two plots side by side.
+        grid = figure.subplots(2, len(problems), squeeze=False) if several else figure.subplots(1, 2, squeeze=False).T
+        for column, (name, problem) in enumerate(problems.items()):
+            draw_problem(list(grid[:, column]), part, name, problem["methods"])
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        _save(figure, folder / f"convergence_{part}.png")
+
+
+def draw_problem(axes_pair: Sequence[Any], part: str, name: str, methods: dict[str, Found]) -> None:
+    """Median over the seeds as lines, minimum to maximum as bands; left out of a plot from where a median diverged."""
+    from polar_eval.plots import COLOURS
+
+    loss = "relative loss" if part == "factorisation" else "validation loss per token"
+    for axes, label in zip(axes_pair, ("step", "processor seconds"), strict=True):
+        for method in (method for method in LINES if method in methods):
+            found, (number, dashes) = methods[method], LINES[method]
+            unit, colour = 1.0 if label == "step" else found["cpu_ms_per_step"] / 1e3, COLOURS[number]
+            x = [step * unit for step in found["steps"]]
+            columns = [values(column) for column in zip(*found["losses"], strict=True)]
+            axes.plot(x, median_curve(found), dashes, color=colour, linewidth=1.7, label=title_of(method))
+            axes.fill_between(
+                x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12, linewidth=0
+            )
+        axes.set(xlabel=label, ylabel=loss, yscale="log", title=name)
+        first = median_curve(methods[DEFAULT])[0]
+        axes.set_ylim(top=2 * first)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Under another name first, so that a reader never sees half a picture."""
+    temporary = path.with_name(f".{path.stem}.incomplete-{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# The README's lines.
+
+
+def title_of(method: str) -> str:
+    """A method's name as a reader wants it: `lora AdamW` is LoRA with AdamW."""
+    what, _, optimizer = method.rpartition(" ")
+    step, _, option = what.partition(" ")
+    step = {"lora": "LoRA", "landing_nxn": "n x n landing", "none": "no step"}.get(step, step)
+    return f"{step}{f' + {option}' if option else ''}, {optimizer}"
+
+
+def section(part: str, result: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
+    """One table and one picture of a part."""
+    problems = result["problems"]
+    settings = next(iter(problems.values()))["settings"]
+    seeds = len(settings["seeds"])
+    if part == "factorisation":
+        what = (
+            f"**Convergence: low-rank matrix factorisation**, min norm(X Theta Y^T - A)_F^2, A {settings['rows']} x "
+            f"{settings['columns']} of rank {settings['target_rank']} with a geometric spectrum"
+        )
+        loss = "relative loss"
+    else:
+        what = (
+            f"**Convergence: a tiny language model** (the demo's base, an unseen kind of problem, r = {settings['r']}, "
+            f"{settings['batch']} problems per step)"
+        )
+        loss = "validation loss per token"
+    columns = [name for name in problems] if len(problems) > 1 else [loss]
+    lines = [
+        f"{what}; {loss} after {settings['steps']} steps, median [min, max] of {seeds} seeds, each method at its best "
+        "swept learning rate (in brackets after the name where there is one problem):",
+        "",
+        f"| method | {' | '.join(columns)} | steps to {THRESHOLDS[part]:g} x the default's loss | processor ms per "
+        "step | orthonormality error |",
+        f"|---|{'---:|' * (len(columns) + 3)}",
+    ]
+    for method in TABLE:
+        if all(method in problem["methods"] for problem in problems.values()):
+            lines.append(_row(part, method, problems))
+    shown = f"![loss against steps and seconds](benchmarks/results/convergence_{part}.png)"
+    return [*lines, "", shown, "", *_findings(problems, comparison), ""]
+
+
+def _row(part: str, method: str, problems: dict[str, Any]) -> str:
+    found = [problem["methods"][method] for problem in problems.values()]
+    cells = [_cell(of["final"]) for of in found]
+    reached = []
+    for of, problem in zip(found, problems.values(), strict=True):
+        default = statistics.median(values(problem["methods"][DEFAULT]["final"]))
+        steps = steps_to(of, THRESHOLDS[part] * default)
+        reached.append("never" if steps is None else str(steps))
+    errors = [of["orthonormality_error"] for of in found if of["orthonormality_error"] is not None]
+    error = f"{max(errors):.0e}" if errors else ""
+    ms = statistics.median(of["cpu_ms_per_step"] for of in found)
+    name = title_of(method) if len(problems) > 1 else f"{title_of(method)} ({found[0]['rate']:g})"
+    return f"| {name} | {' | '.join(cells)} | {', '.join(reached)} | {ms:.3g} | {error} |"
+
+
+def _cell(final: Sequence[float | None]) -> str:
+    numbers = values(final)
+    median, low, high = (f"{value:.2g}" for value in (statistics.median(numbers), min(numbers), max(numbers)))
+    return f"{median} [{low}, {high}]"
+
+
+def _findings(problems: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
+    """Which methods are clearly better or worse than the default, per problem."""
+    lines = []
+    for name in problems:
+        judged = comparison["problems"][name]
+        parts = []
+        for verdict in ("clearly better", "clearly worse"):
+            names = [f"{title_of(m)} ({_ratio(v)})" for m, v in judged.items() if v["verdict"] == verdict]
+            parts.append(f"{verdict} than the shipped default: {'; '.join(names) or 'none'}")
+        lines.append(f"- {name}: {'. '.join(parts)}.")
+    return lines
+
+
+def _ratio(judged: dict[str, Any]) -> str:
+    return "diverged" if judged["median_ratio"] is None else f"{judged['median_ratio']:.2g} x its loss"
+
+
+def conclusion(comparison: dict[str, Any]) -> str:
+    """Which defaults follow."""
+    better = comparison["clearly_better_on_every_problem"]
+    rule = (
+        f"Rule: another default is called for where a method has the lower loss for every seed of every problem, and a "
+        f"median ratio below {CLEAR:g}."
+    )
+    if better:
+        return f"{rule} That holds for {', '.join(map(title_of, better))}: the shipped default should be reconsidered."
+    return f"{rule} That holds for no method, so the defaults stay: `retract_polar`, AdamW, no option about the update."
