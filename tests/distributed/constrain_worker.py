@@ -95,7 +95,7 @@ EXACT: list[dict[str, Any]] = [
     {"engine": "ddp", "loss_scale": True, "optimizer": "adamw_fused"},
     {"engine": "ddp", "loss_scale": True, "optimizer": "stiefel_adamw"},
 ]
-# Gradients rounded to 16 bits, or 8-bit moments: see CLOSE_COSINE in test_constrain.py.
+# Gradients rounded to 16 bits, or 8-bit moments: see CLOSE_COSINES in test_constrain.py.
 CLOSE: list[dict[str, Any]] = [
     *({**engine, "dtype": "bf16"} for engine in ENGINES if engine["engine"] != "zero1" or not engine.get("offload")),
     *({**engine, "dtype": "bf16", "optimizer": "cpu_adam"} for engine in ENGINES if engine.get("offload")),

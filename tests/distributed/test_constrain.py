@@ -21,10 +21,12 @@ from tests.distributed.launch import run_ranks
 
 # fp32 against float64 over five steps of 0.05; measured: values 3e-6, moments 3e-5 of the largest one.
 TOLERANCE, MOMENT_TOLERANCE = 1e-5, 1e-4
-# In 16 bits gradients have a relative error of 4e-3, and Adam gives every element, however small its gradient, a step
-# of the same size; 8-bit moments round likewise. So single elements differ by steps, and the direction of the whole
-# movement agrees.
-CLOSE_COSINE = 0.94
+# Cosine between the movement and that of the reference. Gradients in bf16 have a relative error of 4e-3, and Adam gives
+# every element, however small its gradient, a step of the same size, so single elements differ by steps; one second
+# moment per factor does not do that. Measured on 3 ranks: 0.919 to 0.924 (bf16, the same under every engine), 0.984
+# (bf16, StiefelAdamW), 0.998 (fp16), 0.9999 (8-bit moments).
+CLOSE_COSINES = {("bf16", "adamw"): 0.9, ("bf16", "stiefel_adamw"): 0.97, ("fp16", "adamw"): 0.99}
+CLOSE_COSINES |= {("bf16", "cpu_adam"): 0.9, ("fp32", "adamw_8bit"): 0.999}
 WORLD_SIZES = (1, 2, 3, 4)
 
 
@@ -63,11 +65,12 @@ def expected(case: dict[str, Any]) -> tuple[dict[str, np.ndarray], Any]:
     return final, optimizer
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
-    start = network.make_problem()[0]
+def assert_close(result: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
+    start, found = network.make_problem()[0], result["values"]
+    cosine = CLOSE_COSINES[result["case"].get("dtype", "fp32"), result["case"].get("optimizer", "adamw")]
     moved = np.concatenate([np.array(found[name]) - start[name].reshape(-1) for name in wanted])
     should = np.concatenate([value.reshape(-1) - start[name].reshape(-1) for name, value in wanted.items()])
-    assert moved @ should > CLOSE_COSINE * np.linalg.norm(moved) * np.linalg.norm(should)
+    assert moved @ should > cosine * np.linalg.norm(moved) * np.linalg.norm(should)
 
 
 def assert_exact(result: dict[str, Any], wanted: dict[str, np.ndarray], optimizer: Any) -> None:
@@ -97,7 +100,7 @@ def test_every_parameter_and_moment_equals_the_float64_reference(
     assert result["steps"] == 5 + bool(case.get("loss_scale") and case.get("optimizer") == "adamw_fused")
     assert result["values"].keys() == values.keys()
     if case in CLOSE:
-        assert_close(result["values"], values)
+        assert_close(result, values)
     else:
         assert_exact(result, values, optimizer)
     if case.get("manifold_step", "retract_polar").startswith("retract"):
