@@ -77,17 +77,18 @@ def manifold_step_distributed(result: dict[str, Any]) -> list[str]:
     lines = [
         f"**The manifold step on {result['ranks']} ranks**, {result['num_factors']} factors of Gemma-3-27B in a "
         f"DeepSpeed ZeRO-3 engine (r = {result['r']}, fp32, gloo, {_where(result)} per rank); median of "
-        f"{ms['sharded']['step']['runs']} runs that alternate:",
+        "runs that alternate:",
         "",
         "| method | field, ms | retraction, ms | both, ms (min to max) | `sharded` is faster by |",
         "|---|---:|---:|---:|---:|",
     ]
     for method, name in names.items():
+        runs = ms[method]["step"]["runs"]
         field, retraction, step = (ms[method][phase] for phase in ("field", "retraction", "step"))
         ratio = f"{faster[method]['step']:.1f}x" if method in faster else ""
         lines.append(
             f"| {name} | {field['median']:,.0f} | {retraction['median']:,.0f} | {step['median']:,.0f} "
-            f"({step['min']:,.0f} to {step['max']:,.0f}) | {ratio} |"
+            f"({step['min']:,.0f} to {step['max']:,.0f}; {runs} runs) | {ratio} |"
         )
     difference = max(value for of in result["max_difference_from_user"].values() for value in of.values())
     note = f"Largest difference between the methods: {difference:.1e}."
