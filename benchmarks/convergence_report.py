@@ -190,10 +190,11 @@ def section(part: str, result: dict[str, Any], comparison: dict[str, Any]) -> li
             f"{settings['batch']} problems per step)"
         )
         loss = "validation loss per token"
-    columns = [name for name in problems] if len(problems) > 1 else [loss]
+    columns = list(problems) if len(problems) > 1 else [loss]
     lines = [
         f"{what}; {loss} after {settings['steps']} steps, median [min, max] of {seeds} seeds, each method at its best "
-        "swept learning rate (in brackets after the name where there is one problem):",
+        "swept learning rate (in brackets after the name). + or -: clearly better or worse than the shipped default, "
+        f"that is for every seed, with a median ratio beyond {CLEAR:g}:",
         "",
         f"| method | {' | '.join(columns)} | steps to {THRESHOLDS[part]:g} x the default's loss | processor ms per "
         "step | orthonormality error |",
@@ -201,24 +202,26 @@ def section(part: str, result: dict[str, Any], comparison: dict[str, Any]) -> li
     ]
     for method in TABLE:
         if all(method in problem["methods"] for problem in problems.values()):
-            lines.append(_row(part, method, problems))
+            lines.append(_row(part, method, problems, comparison))
     shown = f"![loss against steps and seconds](benchmarks/results/convergence_{part}.png)"
     return [*lines, "", shown, "", *_findings(problems, comparison), ""]
 
 
-def _row(part: str, method: str, problems: dict[str, Any]) -> str:
+def _row(part: str, method: str, problems: dict[str, Any], comparison: dict[str, Any]) -> str:
     found = [problem["methods"][method] for problem in problems.values()]
-    cells = [_cell(of["final"]) for of in found]
-    reached = []
-    for of, problem in zip(found, problems.values(), strict=True):
+    marks = {"clearly better": " +", "clearly worse": " -"}
+    cells, reached = [], []
+    for name, problem in problems.items():
+        judged = comparison["problems"][name].get(method, {})
+        cells.append(_cell(problem["methods"][method]["final"]) + marks.get(judged.get("verdict"), ""))
         default = statistics.median(values(problem["methods"][DEFAULT]["final"]))
-        steps = steps_to(of, THRESHOLDS[part] * default)
+        steps = steps_to(problem["methods"][method], THRESHOLDS[part] * default)
         reached.append("never" if steps is None else str(steps))
     errors = [of["orthonormality_error"] for of in found if of["orthonormality_error"] is not None]
     error = f"{max(errors):.0e}" if errors else ""
     ms = statistics.median(of["cpu_ms_per_step"] for of in found)
-    name = title_of(method) if len(problems) > 1 else f"{title_of(method)} ({found[0]['rate']:g})"
-    return f"| {name} | {' | '.join(cells)} | {', '.join(reached)} | {ms:.3g} | {error} |"
+    rates = ", ".join(dict.fromkeys(f"{of['rate']:g}" for of in found))
+    return f"| {title_of(method)} ({rates}) | {' | '.join(cells)} | {', '.join(reached)} | {ms:.3g} | {error} |"
 
 
 def _cell(final: Sequence[float | None]) -> str:
@@ -228,15 +231,16 @@ def _cell(final: Sequence[float | None]) -> str:
 
 
 def _findings(problems: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
-    """Which methods are clearly better or worse than the default, per problem."""
+    """Which methods, of all that were measured, are clearly better than the default, per problem."""
     lines = []
-    for name in problems:
+    for name, problem in problems.items():
         judged = comparison["problems"][name]
-        parts = []
-        for verdict in ("clearly better", "clearly worse"):
-            names = [f"{title_of(m)} ({_ratio(v)})" for m, v in judged.items() if v["verdict"] == verdict]
-            parts.append(f"{verdict} than the shipped default: {'; '.join(names) or 'none'}")
-        lines.append(f"- {name}: {'. '.join(parts)}.")
+        better = [f"{title_of(m)} ({_ratio(v)})" for m, v in judged.items() if v["verdict"] == "clearly better"]
+        worse = sum(of["verdict"] == "clearly worse" for of in judged.values())
+        lines.append(
+            f"- {name}: of {len(problem['methods']) - 1} other methods {worse} are clearly worse than the shipped "
+            f"default. Clearly better: {'; '.join(better) or 'none'}."
+        )
     return lines
 
 

@@ -135,3 +135,32 @@ def test_quick_run_writes_everything_and_continues(tmp_path: Path, monkeypatch: 
     convergence.main(command)
     again = json.loads(out.read_text())
     assert again["parts"]["factorisation"]["problems"] == result["parts"]["factorisation"]["problems"]
+
+
+def part_of(**final: list[float | None]) -> dict[str, Any]:
+    methods = {name.replace("__", " "): {"final": losses} for name, losses in final.items()}
+    return {"problems": {f"problem {sorted(final)}": {"settings": {"floor": 1e-10}, "methods": methods}}}
+
+
+def test_only_what_is_better_on_every_problem_and_seed_changes_the_conclusion() -> None:
+    easy = part_of(retract_polar__AdamW=[1.0, 1.0], landing__AdamW=[0.5, 0.8], lora__AdamW=[0.1, 0.1])
+    hard = part_of(retract_polar__AdamW=[1.0, 2.0], landing__AdamW=[0.5, None], lora__AdamW=[0.1, 0.1], more=[1, 1])
+    comparison = convergence_report.compare({"easy": easy})
+    assert comparison["clearly_better_on_every_problem"] == ["landing AdamW"]  # LoRA has no manifold step
+    assert "landing, AdamW" in convergence_report.conclusion(comparison)
+    comparison = convergence_report.compare({"easy": easy, "hard": hard})
+    judged = list(comparison["problems"].values())[1]["landing AdamW"]
+    assert judged == {"median_ratio": None, "seeds_better": 1, "verdict": "neither"}
+    assert "the defaults stay" in convergence_report.conclusion(comparison)
+
+
+def test_losses_below_the_floor_are_equal() -> None:
+    part = part_of(retract_polar__AdamW=[1e-13, 1e-12], none__AdamW=[1e-14, 1e-14])
+    (judged,) = convergence_report.compare({"part": part})["problems"].values()
+    assert judged["none AdamW"] == {"median_ratio": 1.0, "seeds_better": 0, "verdict": "neither"}
+
+
+def test_steps_to_a_loss() -> None:
+    found = {"steps": [0, 5, 10], "losses": [[1.0, 0.5, 0.1], [1.0, 0.3, None], [1.0, 0.6, 0.2]]}
+    assert convergence_report.steps_to(found, 0.5) == 5
+    assert convergence_report.steps_to(found, 0.1) is None
