@@ -202,7 +202,7 @@ def _check_backward_field(adapter: Any, config: RunConfig) -> None:
     """Compare a field in the layers' backward with the manifold step and with the loop that it cannot see."""
     from polar.tuner.backward_field import check_goes_with
 
-    field = getattr(adapter, "backward_field", "none")
+    field: Any = getattr(adapter, "backward_field", "none")
     check_goes_with(field, config.manifold.manifold_step, "adapter")
     accumulation = config.training.gradient_accumulation_steps
     if field == "landing" and adapter.gradient_accumulation_steps != accumulation:

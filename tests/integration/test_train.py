@@ -20,6 +20,8 @@ from tests.integration.commands import ROOT, deepspeed_train, metrics, python, t
 # float32, the same rows in every step, sums over ranks in another order.
 LOSS_TOLERANCE = 1e-4
 STEPS = 14
+# The choices about the update that a run has beside its manifold step.
+OPTIONS = ["--second_moment", "per_factor", "--project_momentum", "true", "--reference_width", "64"]
 
 
 @dataclass
@@ -48,26 +50,36 @@ def runs(tmp_path_factory, tiny_gemma3, tiny_rows) -> dict[str, FinishedRun]:
         ("one", train, []),
         ("ddp", torchrun_train, []),
         ("zero3", deepspeed_train, ["--deepspeed", "ds_configs/zero3.json"]),
+        ("one, options", train, OPTIONS),
+        ("zero2, options", deepspeed_train, [*OPTIONS, "--deepspeed", "ds_configs/zero2.json"]),
     ):
         output = folder / name
         finished[name] = FinishedRun(output, start(*_settings(tiny_gemma3, tiny_rows, output), *extra))
     return finished
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_engines_train_the_same_model(runs, engine) -> None:
+@pytest.mark.parametrize(
+    ("alone", "engine"), [("one", "ddp"), ("one", "zero3"), ("one, options", "zero2, options")], ids=lambda name: name
+)
+def test_engines_train_the_same_model(runs, alone, engine) -> None:
     """Independent computation: the same run on one process without any collective."""
     for key, count in (("loss", STEPS), ("eval_loss", 2), ("grad_norm", STEPS)):
-        expected, found = metrics(runs["one"].folder, key), metrics(runs[engine].folder, key)
+        expected, found = metrics(runs[alone].folder, key), metrics(runs[engine].folder, key)
         assert len(expected) == count
         assert found == pytest.approx(expected, rel=LOSS_TOLERANCE)
-    one, other = (load_file(runs[n].folder / "adapter" / "adapter_model.safetensors") for n in ("one", engine))
+    one, other = (load_file(runs[n].folder / "adapter" / "adapter_model.safetensors") for n in (alone, engine))
     assert one.keys() == other.keys()
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero3"])
+def test_options_reach_the_optimizer(runs) -> None:
+    assert metrics(runs["one, options"].folder, "loss") != pytest.approx(metrics(runs["one"].folder, "loss"), rel=1e-3)
+    state = json.loads((runs["zero2, options"].folder / f"checkpoint-{STEPS}" / "training_state.json").read_text())
+    assert state["optimizer"]["kind"] == "StiefelAdamW"
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "zero2, options"])
 def test_run_learns_on_the_manifold(runs, engine) -> None:
     run = runs[engine].folder
     loss = metrics(run, "loss")
