@@ -12,7 +12,7 @@ Each time the job must end with an error, and the same command with --resume mus
 At the end the adapter, the last checkpoint's values and moments, and all logged losses are compared with a run that
 nobody killed: they must be equal bit for bit. Linux only (reads /proc).
 
-Usage: python benchmarks/resume_soak.py [--kills 20] [--steps 160] [--seed 0] [--out FILE]
+Usage: python benchmarks/resume_soak.py [--kills 20] [--steps 120] [--seed 0] [--out FILE]
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=160, help="a multiple of 5, enough for the kills")
+    parser.add_argument("--steps", type=int, default=120, help="a multiple of 5, enough for the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
