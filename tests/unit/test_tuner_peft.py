@@ -71,9 +71,9 @@ import json, sys, time
 from pathlib import Path
 import peft, torch, transformers
 from safetensors.torch import save_file
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import polar
-report = {"import_s": time.perf_counter() - start, "imported": sorted(set(sys.modules) - before)}
+report = {"import_s": time.process_time() - start, "imported": sorted(set(sys.modules) - before)}
 
 # A notebook that drops the modules and imports them again.
 for name in [name for name in sys.modules if name.split(".")[0] == "polar"]:
