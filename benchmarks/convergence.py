@@ -11,7 +11,8 @@ within 5 %, it is the one whose worst seed is best. Schedule: 3 % warm-up, then 
     language model   the sweep has the first seed; then the others at the best rate, methods in turns
 
 "Seconds" are processor seconds of this process (`time.process_time`), one thread, because others may load the machine:
-steps times the median of a step. Wall time of a step is stored beside it.
+steps times the median of a step. Wall time of a step is stored beside it. A rate at which one of the seeds that train
+together diverges counts as diverged.
 
 Each finished training goes to `--partial` at once; the same command continues after a kill. Results are merged by part
 into `--out`, with the plots beside it.
@@ -232,8 +233,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--partial", type=Path, help="finished trainings; removed when both parts are in --out")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    store = Store(arguments.partial)
     out = arguments.out
+    if out is not None:
+        from polar_eval.plots import require_matplotlib
+
+        require_matplotlib()
+    store = Store(arguments.partial)
     result: dict[str, Any] = {"question": "which manifold step, base optimizer and option converge best", "parts": {}}
     if out is not None and out.exists():
         result["parts"] = json.loads(out.read_text(encoding="utf-8"))["parts"]
