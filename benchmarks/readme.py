@@ -91,11 +91,15 @@ def manifold_step_distributed(result: dict[str, Any]) -> list[str]:
             f"({step['min']:,.0f} to {step['max']:,.0f}; {runs} runs) | {ratio} |"
         )
     difference = max(value for of in result["max_difference_from_user"].values() for value in of.values())
-    note = f"Largest difference between the methods: {difference:.1e}."
+    load = result["load_average"]
+    note = (
+        f"Largest difference between the methods: {difference:.1e}. The {result['cpu_cores']} cores were shared: load "
+        f"average {min(load):.1f} to {max(load):.1f}."
+    )
     if not result["gathered_parameters_reach_the_master"]:
         note += (
-            " By hand only the compute copy is changed: DeepSpeed's next step overwrites it from the fp32 master, so "
-            "code that works needs one more write per factor."
+            " By hand only the compute copy is changed, not the fp32 master that the optimizer steps: code that keeps "
+            "its retraction needs one more write per factor."
         )
     return [*lines, "", _how(result, note)]
 
