@@ -13,9 +13,16 @@ test: venv
 lint: venv
 	@bash .ci/lint
 
+# Every result file of benchmarks/results, with the settings of the committed ones; hours on two cores.
 bench: venv
-	@$(BIN)/python benchmarks/manifold_step.py --out benchmarks/results/manifold_step.json
-	@$(BIN)/python benchmarks/step_overhead.py --out benchmarks/results/step_overhead.json
+	@$(BIN)/python benchmarks/manifold_step.py --runs 7 --threads 2 --out benchmarks/results/manifold_step_cpu.json
+	@$(BIN)/python benchmarks/step_overhead.py --runs 3 --steps 3 --length 128 --out benchmarks/results/step_overhead_cpu.json
+	@$(BIN)/python benchmarks/manifold_comm.py --out benchmarks/results/manifold_comm.json
+	@$(BIN)/python benchmarks/manifold_step_distributed.py --runs 7 --out benchmarks/results/manifold_step_distributed_cpu.json
+	@$(BIN)/python benchmarks/convergence.py --out benchmarks/results/convergence_cpu.json
+	@$(BIN)/python benchmarks/adaptive_ranks.py --layers 6 --threads 1 --runs 3 --out benchmarks/results/adaptive_ranks_cpu.json
+	@$(BIN)/python benchmarks/resume_soak.py --kills 20 --out benchmarks/results/resume_soak.json
+	@$(BIN)/python -m benchmarks.readme
 
 test-peft: venv
 	@$(BIN)/python tests/peft_suite/run.py

@@ -50,7 +50,7 @@ def runs(tmp_path_factory, tiny_gemma3, tiny_rows) -> dict[str, FinishedRun]:
         ("one", train, []),
         ("ddp", torchrun_train, []),
         ("zero3", deepspeed_train, ["--deepspeed", "ds_configs/zero3.json"]),
-        ("one, options", train, OPTIONS),
+        ("one, options", train, [*OPTIONS, "--report_to", "tensorboard"]),
         ("zero2, options", deepspeed_train, [*OPTIONS, "--deepspeed", "ds_configs/zero2.json"]),
     ):
         output = folder / name
@@ -77,6 +77,17 @@ def test_options_reach_the_optimizer(runs) -> None:
     assert metrics(runs["one, options"].folder, "loss") != pytest.approx(metrics(runs["one"].folder, "loss"), rel=1e-3)
     state = json.loads((runs["zero2, options"].folder / f"checkpoint-{STEPS}" / "training_state.json").read_text())
     assert state["optimizer"]["kind"] == "StiefelAdamW"
+
+
+def test_tensorboard_gets_what_the_run_folder_gets(runs) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = runs["one, options"].folder
+    (file,) = run.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(metrics(run, "loss"))
+    assert len(events.Scalars("train/orthonormality_error")) == STEPS
+    assert not list(runs["one"].folder.rglob("events.out.tfevents.*"))
 
 
 @pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "zero2, options"])
