@@ -4,7 +4,7 @@ A tiny Gemma-3 (demo/base) trains under ZeRO-3 on two ranks, started by the deep
 validation set and a checkpoint every 5 steps. A random rank is killed (SIGKILL) again and again, at a moment drawn from
 a seed:
 
-    start   after a random part of the time from the start of the ranks to their first step
+    start   after a random part of the time from the start of the ranks to their first step, at the latest then
     step    a random number of steps after the first one, and a random part of a second later
     save    while a checkpoint is being written: a random moment after its temporary folder has appeared
 
@@ -12,7 +12,7 @@ Each time the job must end with an error, and the same command with --resume mus
 At the end the adapter, the last checkpoint's values and moments, and all logged losses are compared with a run that
 nobody killed: they must be equal bit for bit. Linux only (reads /proc).
 
-Usage: python benchmarks/resume_soak.py [--kills 20] [--steps 120] [--seed 0] [--out FILE]
+Usage: python benchmarks/resume_soak.py [--kills 20] [--steps 200] [--seed 0] [--out FILE]
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def kill_once(job: Job, draw: random.Random, start_s: float, pending: list[dict[
     if not job.wait_until(job.has_ranks, pending):
         return None
     if moment == "start":
-        time.sleep(delay * start_s)
+        end = time.monotonic() + delay * start_s
+        if not job.wait_until(lambda: time.monotonic() > end or job.last_step() > 0, pending):
+            return None
     else:
         if not job.wait_until(lambda: job.first_step() is not None, pending):
             return None
@@ -249,7 +251,7 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=120, help="a multiple of 5, enough for the kills")
+    parser.add_argument("--steps", type=int, default=200, help="a multiple of 5, enough for the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
