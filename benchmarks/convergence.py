@@ -43,6 +43,7 @@ from benchmarks.convergence_report import compare, draw
 from benchmarks.convergence_training import PAPER_PENALTY, Method, Problem, Run
 from benchmarks.record import device_name, environment
 
+PARTS = ("factorisation", "language_model")
 STEPS = ("retract_polar", "retract_qr", "landing", "euclidean_penalty", "none")
 PAPER = {"landing_penalty": PAPER_PENALTY, "landing_convention": "upstream"}
 TIE = 1.05  # losses within this ratio are equal in the choice of a rate
@@ -160,7 +161,7 @@ def measure(
                 run = store.get(problem, m, rates[m.name], problem.seeds[:1], steps=TIMING_STEPS, round=k)
                 timed[m.name].append(run)
     return {
-        "settings": {key: value for key, value in dataclasses.asdict(problem).items() if not key.startswith("_")},  # type: ignore[call-overload]
+        "settings": dataclasses.asdict(problem),  # type: ignore[call-overload]
         "methods": {m.name: summarise(m, rates[m.name], swept[m.name], runs[m.name], timed[m.name]) for m in methods},
     }
 
@@ -195,7 +196,7 @@ def problems_of(part: str, quick: bool) -> list[Problem]:
     if part == "factorisation":
         if quick:
             return [Factorisation(condition=10, r=4, target_rank=4, rows=40, columns=30, steps=20, seeds=(0, 1))]
-        return [Factorisation(condition=c, r=r) for c, r in ((10, 8), (100, 8), (100, 16))]
+        return [Factorisation(condition=c, r=r) for c, r in ((10, 8), (100, 8), (100, 16), (100, 32))]
     return [LanguageModel(steps=6, evaluations=2, seeds=(0, 1)) if quick else LanguageModel()]
 
 
@@ -227,7 +228,7 @@ def to_json(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure, compare, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("factorisation", "language_model"), help="only this one")
+    parser.add_argument("--part", choices=PARTS, help="only this one")
     parser.add_argument("--quick", action="store_true", help="a look at tiny versions; numbers mean nothing")
     parser.add_argument("--out", type=Path, help="result file; parts that it has already stay")
     parser.add_argument("--partial", type=Path, help="finished trainings; removed when both parts are in --out")
@@ -242,8 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     result: dict[str, Any] = {"question": "which manifold step, base optimizer and option converge best", "parts": {}}
     if out is not None and out.exists():
         result["parts"] = json.loads(out.read_text(encoding="utf-8"))["parts"]
-    for part in (arguments.part,) if arguments.part else ("factorisation", "language_model"):
-        result["parts"][part] = run_part(part, store, arguments.quick)
+    for part in (arguments.part,) if arguments.part else PARTS:
+        parts = {**result["parts"], part: run_part(part, store, arguments.quick)}
+        result["parts"] = {name: parts[name] for name in PARTS if name in parts}
         result["comparison"] = compare(result["parts"])
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(result["comparison"], indent=2))
     if out is not None:
         draw(result["parts"], out.parent)
-        if len(result["parts"]) == 2 and arguments.partial is not None:
+        if len(result["parts"]) == len(PARTS) and arguments.partial is not None:
             arguments.partial.unlink(missing_ok=True)
 
 

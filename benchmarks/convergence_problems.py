@@ -83,7 +83,7 @@ class Factorisation(Problem):
     floor: float = 1e-10  # fp32: a relative error of 1e-5
 
     def __post_init__(self) -> None:
-        self.name = f"condition {self.condition:g}, r = {self.r}, r_A = {self.target_rank}"
+        self.name = f"condition {self.condition:g}, r = {self.r}"
         self.sweep_seeds = self.seeds
         self.width = float(self.columns)
 

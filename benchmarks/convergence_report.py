@@ -14,6 +14,7 @@ Found = dict[str, Any]  # what `convergence.summarise` stores of one method on o
 DEFAULT = "retract_polar AdamW"
 CLEAR = 0.95  # a method is clearly better if it is better for every seed and its median ratio is below
 THRESHOLD = 4.0  # loss whose steps are counted, as a multiple of the default's median final loss
+LOWEST = 1e-12  # loss that a plot shows: below is the rounding of fp32
 TABLE = (
     DEFAULT,
     "retract_qr AdamW",
@@ -42,8 +43,9 @@ ONE_CHANGE = (
 # Colour (an index of the report's colour-blind-safe ones) and dashes.
 LINES: dict[str, tuple[int, str]] = {
     DEFAULT: (0, "-"),
+    "retract_qr AdamW": (5, "-"),
     "retract_polar StiefelAdamW": (1, "-"),
-    "retract_polar SGD": (0, ":"),
+    "retract_polar project_momentum StiefelAdamW": (1, "--"),
     "landing AdamW": (2, "-"),
     "landing_nxn AdamW": (2, "--"),
     "none AdamW": (4, "-"),
@@ -128,7 +130,7 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
     for part, result in parts.items():
         problems = result["problems"]
         several = len(problems) > 1
-        figure = Figure(figsize=(4.3 * len(problems), 7.6) if several else (9, 4.6), dpi=120, layout="constrained")
+        figure = Figure(figsize=(3.7 * len(problems), 7.6) if several else (9, 4.6), dpi=120, layout="constrained")
         # Several problems are columns; one alone has its two plots side by side.
         grid = figure.subplots(2, len(problems), squeeze=False) if several else figure.subplots(1, 2, squeeze=False).T
         for column, (name, problem) in enumerate(problems.items()):
@@ -156,7 +158,7 @@ def draw_problem(axes_pair: Sequence[Any], part: str, name: str, methods: dict[s
             )
         axes.set(xlabel=label, ylabel=loss, yscale="log", title=name)
         first = median_curve(methods[DEFAULT])[0]
-        axes.set_ylim(top=2 * first)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST), top=2 * first)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
@@ -192,7 +194,7 @@ def section(part: str, result: dict[str, Any], comparison: dict[str, Any]) -> li
     if part == "factorisation":
         what = (
             f"**Convergence: low-rank matrix factorisation**, min norm(X Theta Y^T - A)_F^2, A {settings['rows']} x "
-            f"{settings['columns']} of rank {settings['target_rank']} with a geometric spectrum"
+            f"{settings['columns']} of rank r_A = {settings['target_rank']} with a geometric spectrum"
         )
         loss = "relative loss"
     else:
@@ -276,5 +278,29 @@ def conclusion(comparison: dict[str, Any]) -> str:
     )
     if better:
         names = ", ".join(map(title_of, better))
-        return f"{text}That holds for {names}: the shipped default should be reconsidered."
-    return f"{text}That holds for no method: the defaults stay (`retract_polar`, AdamW, no option about the update)."
+        text += f"That holds for {names}: the shipped default should be reconsidered. "
+    else:
+        text += "That holds for no method: the defaults stay (`retract_polar`, AdamW, no option about the update). "
+    return f"{text}{nearest(problems)} {lora(problems)}"
+
+
+def nearest(problems: dict[str, Any]) -> str:
+    """The manifold method with the lowest largest ratio, of those measured on every problem."""
+    everywhere = set.intersection(*(set(of) for of in problems.values()))
+    worst = {
+        method: max(values([of[method]["median_ratio"] for of in problems.values()]))
+        for method in sorted(everywhere)
+        if not method.startswith("lora")
+    }
+    method = min(worst, key=lambda name: worst[name])
+    seeds = ", ".join(str(of[method]["seeds_better"]) for of in problems.values())
+    return (
+        f"The other method whose worst median ratio is lowest: {title_of(method)}, at most {worst[method]:.2g}, better "
+        f"for {seeds} of the seeds."
+    )
+
+
+def lora(problems: dict[str, Any]) -> str:
+    """LoRA's ratios."""
+    ratios = [f"{name}: {_ratio(of['lora AdamW'])}" for name, of in problems.items()]
+    return f"LoRA with AdamW against the default: {'; '.join(ratios)}."
