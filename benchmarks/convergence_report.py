@@ -130,13 +130,13 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
     for part, result in parts.items():
         problems = result["problems"]
         several = len(problems) > 1
-        figure = Figure(figsize=(3.7 * len(problems), 7.6) if several else (9, 4.6), dpi=120, layout="constrained")
+        figure = Figure(figsize=(3.7 * len(problems), 7.6) if several else (10, 5), dpi=110, layout="constrained")
         # Several problems are columns; one alone has its two plots side by side.
         grid = figure.subplots(2, len(problems), squeeze=False) if several else figure.subplots(1, 2, squeeze=False).T
         for column, (name, problem) in enumerate(problems.items()):
             draw_problem(list(grid[:, column]), part, name, problem["methods"])
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4 if several else 3, frameon=False)
         _save(figure, folder / f"convergence_{part}.png")
 
 
@@ -160,6 +160,7 @@ def draw_problem(axes_pair: Sequence[Any], part: str, name: str, methods: dict[s
         first = median_curve(methods[DEFAULT])[0]
         axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST), top=2 * first)
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
