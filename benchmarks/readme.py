@@ -164,6 +164,24 @@ def adaptive_ranks(result: dict[str, Any]) -> list[str]:
     return [*lines, "", _how(result, note)]
 
 
+def resume_soak(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/resume_soak.py."""
+    moments = ", ".join(f"{count} {moment}" for moment, count in result["kills_by_moment"].items())
+    same = "equal bit for bit to" if all(result["equal_bit_for_bit"].values()) else "NOT equal to"
+    lost, ended, back = result["steps_lost"], result["job_ended_after_s"], result["back_after_s"]
+    half_written = result["kills_that_left_a_half_written_folder"]
+    return [
+        f"**{result['num_kills']} kills (-9) of one rank at random moments** ({moments}) of a run of {result['steps']} "
+        f"steps under ZeRO-3 with {result['ranks']} ranks, a checkpoint every {result['save_steps']} steps: the end is "
+        f"{same} that of a run that nobody killed (adapter, moments, all logs). Each kill lost {lost['min']} "
+        f"to {lost['max']} steps; {half_written} left a half-written folder, which no start took for a checkpoint. The "
+        f"job ended {ended['min']:.1f} to {ended['max']:.1f} s after the kill and was back at its step after "
+        f"{back['median']:.0f} s (median), most of it start-up on a busy machine.",
+        "",
+        _how(result, f"On {result['cpu']}, {result['cpu_cores']} cores."),
+    ]
+
+
 def convergence(result: dict[str, Any]) -> list[str]:
     """Lines about benchmarks/convergence.py; its parts may come from different runs."""
     lines = []
@@ -179,6 +197,7 @@ SECTIONS = {
     "manifold_comm": manifold_comm,
     "adaptive_ranks": adaptive_ranks,
     "convergence": convergence,
+    "resume_soak": resume_soak,
 }
 
 
