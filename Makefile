@@ -16,7 +16,7 @@ lint: venv
 # Every result file of benchmarks/results, with the settings of the committed ones; hours on two cores.
 bench: venv
 	@$(BIN)/python benchmarks/manifold_step.py --runs 7 --threads 2 --out benchmarks/results/manifold_step_cpu.json
-	@$(BIN)/python benchmarks/step_overhead.py --runs 3 --steps 3 --length 128 --out benchmarks/results/step_overhead_cpu.json
+	@$(BIN)/python benchmarks/step_overhead.py --runs 4 --steps 3 --length 128 --out benchmarks/results/step_overhead_cpu.json
 	@$(BIN)/python benchmarks/manifold_comm.py --out benchmarks/results/manifold_comm.json
 	@$(BIN)/python benchmarks/manifold_step_distributed.py --runs 7 --out benchmarks/results/manifold_step_distributed_cpu.json
 	@$(BIN)/python benchmarks/convergence.py --out benchmarks/results/convergence_cpu.json
