@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     out = arguments.out
     if out is not None:
-        from polar_eval.plots import require_matplotlib
+        from polar.plotting import require_matplotlib
 
         require_matplotlib()
     store = Store(arguments.partial)

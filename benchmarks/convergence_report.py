@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from polar.plotting import colour_of, new_figure, save_figure, tidy
 
 Found = dict[str, Any]  # what `convergence.summarise` stores of one method on one problem
 
@@ -125,30 +126,26 @@ def steps_to(found: Found, threshold: float) -> int | None:
 
 def draw(parts: dict[str, Any], folder: Path) -> None:
     """Write convergence_PART.png for each part: a column per problem, loss against steps and against seconds."""
-    from matplotlib.figure import Figure
-
     for part, result in parts.items():
         problems = result["problems"]
         several = len(problems) > 1
-        figure = Figure(figsize=(3.7 * len(problems), 7.6) if several else (10, 5), dpi=110, layout="constrained")
+        figure = new_figure(*((3.7 * len(problems), 7.6) if several else (10, 5)), dpi=110)
         # Several problems are columns; one alone has its two plots side by side.
         grid = figure.subplots(2, len(problems), squeeze=False) if several else figure.subplots(1, 2, squeeze=False).T
         for column, (name, problem) in enumerate(problems.items()):
             draw_problem(list(grid[:, column]), part, name, problem["methods"])
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4 if several else 3, frameon=False)
-        _save(figure, folder / f"convergence_{part}.png")
+        save_figure(figure, folder / f"convergence_{part}.png")
 
 
 def draw_problem(axes_pair: Sequence[Any], part: str, name: str, methods: dict[str, Found]) -> None:
     """Median over the seeds as lines, minimum to maximum as bands; left out of a plot from where a median diverged."""
-    from polar_eval.plots import COLOURS
-
     loss = "relative loss" if part == "factorisation" else "validation loss per token"
     for axes, label in zip(axes_pair, ("step", "processor seconds"), strict=True):
         for method in (method for method in LINES if method in methods):
             found, (number, dashes) = methods[method], LINES[method]
-            unit, colour = 1.0 if label == "step" else found["cpu_ms_per_step"] / 1e3, COLOURS[number]
+            unit, colour = 1.0 if label == "step" else found["cpu_ms_per_step"] / 1e3, colour_of(number)
             x = [step * unit for step in found["steps"]]
             columns = [values(column) for column in zip(*found["losses"], strict=True)]
             width = 2.6 if method == DEFAULT else 1.5
@@ -161,19 +158,7 @@ def draw_problem(axes_pair: Sequence[Any], part: str, name: str, methods: dict[s
         axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST), top=2 * first)
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        axes.set_axisbelow(True)
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Under another name first, so that a reader never sees half a picture."""
-    temporary = path.with_name(f".{path.stem}.incomplete-{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        tidy(axes)
 
 
 # The README's lines.

@@ -1,31 +1,16 @@
-"""The report's plots. Each takes runs and a file name, and draws nothing when no run has the data.
-
-matplotlib is used without pyplot: no display, no global state.
-"""
+"""The report's plots. Each takes runs and a file name, and draws nothing when no run has the data."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from polar.errors import UserError
+from polar.plotting import colour_of, module_type, new_figure, ordered_types, save_figure, tidy
 
 if TYPE_CHECKING:
     from polar_eval.report import Run
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; the order of the runs.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MODULE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def require_matplotlib() -> None:
-    """Raise UserError where matplotlib is missing. Call it before anything is written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib: pip install 'polar[plots]'")
 
 
 def plot_loss(runs: Sequence[Run], path: Path) -> bool:
@@ -66,13 +51,13 @@ def plot_stable_rank(runs: Sequence[Run], path: Path) -> bool:
     runs = [run for run in runs if run.spectra]
     if not runs:
         return False
-    types = _module_types(runs)
+    types = ordered_types([spectrum.name for run in runs for spectrum in run.spectra])
     figure, axes = _new_figure()
     width = 0.7 / len(runs)
     for index, (run, colour) in enumerate(_coloured(runs)):
         offset = (index - (len(runs) - 1) / 2) * width
-        for position, module_type in enumerate(types):
-            ranks = [s.stable_rank for s in run.spectra if s.name.rsplit(".", 1)[-1] == module_type]
+        for position, kind in enumerate(types):
+            ranks = [s.stable_rank for s in run.spectra if module_type(s.name) == kind]
             label = f"{run.name} (r = {run.r})" if position == 0 else None
             axes.plot([position + offset] * len(ranks), ranks, color=colour, marker="o", markersize=5, alpha=0.6,
                       linestyle="none", markeredgewidth=0, label=label)  # fmt: skip
@@ -92,31 +77,16 @@ def plot_stable_rank(runs: Sequence[Run], path: Path) -> bool:
     return True
 
 
-def _module_types(runs: Sequence[Run]) -> list[str]:
-    found = {s.name.rsplit(".", 1)[-1] for run in runs for s in run.spectra}
-    return [name for name in MODULE_TYPES if name in found] + sorted(found - set(MODULE_TYPES))
-
-
 def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    return [(run, COLOURS[index % len(COLOURS)]) for index, run in enumerate(runs)]
+    return [(run, colour_of(index)) for index, run in enumerate(runs)]
 
 
 def _new_figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
+    figure = new_figure()
     return figure, figure.add_subplot()
 
 
 def _finish(figure: Any, axes: Any, path: Path) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes)
     axes.legend(frameon=False)
-    # Written under another name first, so that a reader never sees half a picture.
-    temporary = path.with_name(f".{path.stem}.incomplete-{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -19,8 +19,9 @@ import yaml
 from polar.adapter_file import WEIGHTS_NAME, find_adapter, read_config
 from polar.errors import UserError
 from polar.files import write_text
+from polar.plotting import require_matplotlib
 from polar.spectrum import ModuleSpectrum, adapter_spectrum
-from polar_eval.plots import plot_loss, plot_orthonormality_error, plot_stable_rank, require_matplotlib
+from polar_eval.plots import plot_loss, plot_orthonormality_error, plot_stable_rank
 
 ABSENT = "-"
 

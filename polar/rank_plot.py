@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polar.errors import UserError
+from polar.plotting import MARKERS, colour_of, new_figure, save_figure, tidy
 from polar.rank_file import LAYER_NUMBER
 
 if TYPE_CHECKING:
     from polar.ranks import LayerMeasure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MAX_CELL_TEXT = 32  # columns up to which a cell has room for its number
-
-
-def require_matplotlib() -> None:
-    """Raise UserError where matplotlib is missing. Call it before anything is computed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'polar[plots]'")
 
 
 def plot_ranks(ranks: dict[str, Any], measures: Sequence[LayerMeasure], path: Path) -> None:
@@ -36,9 +25,7 @@ def plot_ranks(ranks: dict[str, Any], measures: Sequence[LayerMeasure], path: Pa
         measures: what `compute_ranks` returned with it.
         path: where to; its folder is made.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 8.5), dpi=110, layout="constrained")
+    figure = new_figure(13, 8.5, dpi=110)
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
     types = _by_type(measures)
     _draw_rank_map(figure, top_left, ranks, types)
@@ -52,14 +39,7 @@ def plot_ranks(ranks: dict[str, Any], measures: Sequence[LayerMeasure], path: Pa
         f"{ranks['provenance']['model']}: {number} of {len(measures)} layers adapted,"
         f" {ranks['num_parameters']:,} {ranks['settings']['method']} parameters"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written under another name first, so that a reader never sees half a picture.
-    temporary = path.with_name(f".{path.stem}.incomplete-{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path)
 
 
 def _by_type(measures: Sequence[LayerMeasure]) -> dict[str, dict[int, LayerMeasure]]:
@@ -104,7 +84,7 @@ def _draw_lines(axes: Any, types: dict[str, dict[int, LayerMeasure]], value: Any
         axes.plot(
             layers,
             [value(found[layer]) for layer in layers],
-            color=COLOURS[index % len(COLOURS)],
+            color=colour_of(index),
             marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             linewidth=1.3,
@@ -114,7 +94,7 @@ def _draw_lines(axes: Any, types: dict[str, dict[int, LayerMeasure]], value: Any
     axes.locator_params(axis="x", integer=True)
     if all(isinstance(value(measure), int) for found in types.values() for measure in found.values()):
         axes.locator_params(axis="y", integer=True)
-    _tidy(axes)
+    tidy(axes, "both")
 
 
 def _draw_spectra(axes: Any, types: dict[str, dict[int, LayerMeasure]]) -> None:
@@ -124,13 +104,7 @@ def _draw_spectra(axes: Any, types: dict[str, dict[int, LayerMeasure]]) -> None:
             values = measure.spectrum.eigenvalues
             values = values[values > 0] / values.mean()
             share = torch.arange(values.numel(), 0, -1) / values.numel()
-            axes.plot(values.numpy(), share.numpy(), color=COLOURS[index % len(COLOURS)], linewidth=0.8, alpha=0.5)
+            axes.plot(values.numpy(), share.numpy(), color=colour_of(index), linewidth=0.8, alpha=0.5)
     axes.set(xscale="log", yscale="log", xlabel="eigenvalue of WᵀW / mean", title="share of eigenvalues above x")
     axes.set_xlim(left=1e-3)
-    _tidy(axes)
-
-
-def _tidy(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes, "both")

@@ -249,7 +249,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     _check_run(arguments)
     if arguments.plot is not None:
-        from polar.rank_plot import plot_ranks, require_matplotlib
+        from polar.plotting import require_matplotlib
+        from polar.rank_plot import plot_ranks
 
         require_matplotlib()
     content, measures = compute_ranks(
