@@ -129,7 +129,8 @@ def draw(parts: dict[str, Any], folder: Path) -> None:
     for part, result in parts.items():
         problems = result["problems"]
         several = len(problems) > 1
-        figure = new_figure(*((3.7 * len(problems), 7.6) if several else (10, 5)), dpi=110)
+        width, height = (3.7 * len(problems), 7.6) if several else (10, 5)
+        figure = new_figure(width, height, dpi=110)
         # Several problems are columns; one alone has its two plots side by side.
         grid = figure.subplots(2, len(problems), squeeze=False) if several else figure.subplots(1, 2, squeeze=False).T
         for column, (name, problem) in enumerate(problems.items()):
