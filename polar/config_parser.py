@@ -20,6 +20,7 @@ from typing import Any
 from trl import TrlParser
 
 from polar.errors import UserError
+from polar.recipe import read_recipe
 from polar.strict_yaml import load_yaml
 
 # What people coming from other kits write first. Keys that are close to one of ours are found by spelling.
@@ -77,6 +78,11 @@ class RunParser(TrlParser):
         for action in self._actions:
             if action.dest in self.refused:
                 action.help = argparse.SUPPRESS
+        # For --help only: `read` takes both before argparse sees them.
+        files = self.add_argument_group("recipe")
+        files.add_argument("--config", metavar="FILE", help="YAML file of settings (see configs/).")
+        files.add_argument("--variant", metavar="NAME", help="A variant of that file; may be given several times.")
+        self.recipe = ""  # what `read` was given: the file and its variants
         self.hints: dict[str, Any] = {}
         for dataclass_type in self.dataclass_types:
             hints = typing.get_type_hints(dataclass_type)
@@ -93,7 +99,8 @@ class RunParser(TrlParser):
         """Return only the keys that the config file or the command line set, with checked values.
 
         Args:
-            argv: `[--config FILE] [--key value ...] [--mapping.key value ...]`, without the program's name.
+            argv: `[--config FILE] [--variant NAME ...] [--key value ...] [--mapping.key value ...]`, without the
+                program's name.
 
         Raises:
             UserError: unknown key (with the nearest known one), wrong type, unreadable file.
@@ -102,17 +109,21 @@ class RunParser(TrlParser):
         if "-h" in argv or "--help" in argv:
             self.print_help()
             raise SystemExit(0)
-        config_path, dotted, rest = self._split(list(argv))
-        values = self._from_file(config_path) if config_path else {}
+        config_path, variants, dotted, rest = self._split(list(argv))
+        if variants and config_path is None:
+            raise UserError(f"--variant {variants[0]}: variants are in a recipe file: add --config FILE")
+        values = self._from_file(config_path, variants) if config_path else {}
+        self.recipe = " + ".join([config_path, *variants]) if config_path else ""
         values.update(self._from_command_line(rest))
         for key, entries in dotted.items():
             current = values.get(key)
             values[key] = {**(current if isinstance(current, Mapping) else {}), **entries}
         return values
 
-    def _split(self, argv: list[str]) -> tuple[str | None, dict[str, dict[str, Any]], list[str]]:
-        """Take `--config FILE` and `--mapping.key value...` out of `argv`; the rest is argparse's."""
+    def _split(self, argv: list[str]) -> tuple[str | None, list[str], dict[str, dict[str, Any]], list[str]]:
+        """Take `--config FILE`, `--variant NAME` and `--mapping.key value...` out of `argv`; the rest is argparse's."""
         config_path: str | None = None
+        variants: list[str] = []
         dotted: dict[str, dict[str, Any]] = {}
         rest: list[str] = []
         while argv:
@@ -125,6 +136,10 @@ class RunParser(TrlParser):
                 if not has_value and not argv:
                     raise UserError("--config needs the path of a YAML file")
                 config_path = value if has_value else argv.pop(0)
+            elif option == "--variant":
+                if not has_value and (not argv or argv[0].startswith("--")):
+                    raise UserError("--variant needs the name of a variant in the recipe, as in --variant lora")
+                variants.append(value if has_value else argv.pop(0))
             elif option.startswith("--") and dot:
                 if root not in self.mappings:
                     raise UserError(f"unknown option {option}: {self._suggest(root, prefix='--')}")
@@ -137,9 +152,9 @@ class RunParser(TrlParser):
                 dotted.setdefault(root, {})[key] = parsed[0] if len(parsed) == 1 else parsed
             else:
                 rest.append(token)
-        return config_path, dotted, rest
+        return config_path, variants, dotted, rest
 
-    def _from_file(self, path: str) -> dict[str, Any]:
+    def _from_file(self, path: str, variants: Sequence[str]) -> dict[str, Any]:
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -147,12 +162,13 @@ class RunParser(TrlParser):
         content = load_yaml(text, path)
         if not isinstance(content, dict):
             raise UserError(f"{path} must hold `key: value` lines, found {type(content).__name__}")
-        values = {}
-        for key, value in content.items():
+        return read_recipe(content, path, variants, self._checked_settings)
+
+    def _checked_settings(self, settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
+        for key in settings:
             if key not in self.hints:
-                raise UserError(f"{path}: unknown key {key!r}: {self._suggest(str(key))}")
-            values[key] = checked(key, value, self.hints[key], origin=f"{path}: ")
-        return values
+                raise UserError(f"{origin}unknown key {key!r}: {self._suggest(str(key))}")
+        return {key: checked(key, value, self.hints[key], origin=origin) for key, value in settings.items()}
 
     def _from_command_line(self, argv: list[str]) -> dict[str, Any]:
         for action in self._actions:

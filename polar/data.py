@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -35,7 +35,8 @@ from polar.data_report import Counts, many_left_out, statistics, summary_line
 from polar.errors import UserError
 from polar.files import write_json
 from polar.pair_tokens import PairTokenizer, TokenPair
-from polar.rows import FORMATS, Columns, open_source, recognise
+from polar.row_texts import RowTexts, column_texts, task_texts
+from polar.rows import open_source
 from polar.templates import Template, load_template
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def prepare(data: DataArguments, tokenizer: Any, max_length: int | None, seed: i
     report = {
         "train": train_report,
         "validation": validation_report,
+        "task": data.task,
         "template": data.template,
         "max_length": max_length,
         "on_too_long": data.on_too_long,
@@ -174,14 +176,14 @@ def _tokens_of(
     """Return the tokenised rows of `data.train_dataset` (columns of _SCHEMA) and their report, from the cache if
     the same file, template, tokenizer and settings were prepared before."""
     source = str(data.train_dataset)
-    template = load_template(data.template)
+    template = load_template(data.template) if data.template else None
     opened = open_source(source, data.train_split, key)
     settings = asdict(data) | {"val_dataset": None, "val_split": None, "val_dataset_split": None, "template": None}
     identity = {
         "version": CACHE_VERSION,
         "source": opened.digest,
         "settings": settings,
-        "template": asdict(template),
+        "template": template and asdict(template),
         "tokenizer": _tokenizer_digest(pairs.tokenizer),
         "max_length": max_length,
     }
@@ -202,7 +204,7 @@ def _build(
     folder: Path,
     data: DataArguments,
     rows: Iterator[tuple[int, Any]],
-    template: Template,
+    template: Template | None,
     pairs: PairTokenizer,
     max_length: int | None,
 ) -> None:
@@ -217,12 +219,17 @@ def _build(
 
     rows = islice(rows, data.max_train_rows)
     head = list(islice(rows, 100))
-    format_name, columns = _columns(data, source, {str(k) for _, row in head if isinstance(row, dict) for k in row})
+    names = {str(key) for _, row in head if isinstance(row, dict) for key in row}
+    if template is None:
+        assert data.task is not None, "a run without a template has a task"
+        texts = task_texts(data.task)
+    else:
+        texts = column_texts(data, template, names, clean, source)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with pa.OSFile(str(temporary / "tokens.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-            texts = _texts(chain(head, rows), columns, template, clean, counts)
-            shown = tqdm(texts, desc=f"tokenising {source}", unit=" rows", disable=None, mininterval=2, leave=False)
+            readable = _texts(chain(head, rows), texts, counts)
+            shown = tqdm(readable, desc=f"tokenising {source}", unit=" rows", disable=None, mininterval=2, leave=False)
             for batch in _batches(shown, _BATCH):
                 encoded = pairs.encode([text.prompt for text in batch], [text.response for text in batch])
                 fitted = (_fitted(*row, limits, counts) for row in zip(batch, encoded, strict=True))
@@ -230,8 +237,7 @@ def _build(
                 writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=_SCHEMA))
         if not counts.kept:
             raise UserError(counts.nothing_left())
-        used = asdict(columns)
-        write_json(temporary / "report.json", counts.report() | {"format": format_name, "columns": used})
+        write_json(temporary / "report.json", counts.report() | texts.report)
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -239,23 +245,6 @@ def _build(
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _columns(data: DataArguments, source: str, names: set[str]) -> tuple[str, Columns]:
-    """Decide which columns hold what, from the settings and the names found in the first rows."""
-    told_all = {"prompt": data.prompt_column, "response": data.response_column, "input": data.input_column}
-    told = {part: name for part, name in told_all.items() if name}
-    for part, name in told.items():
-        if names and name not in names:
-            raise UserError(f"{part}_column {name!r}: {source} has the columns {', '.join(sorted(names))}")
-    if data.dataset_format != "auto":
-        return data.dataset_format, replace(FORMATS[data.dataset_format], **told)
-    if "prompt" in told and "response" in told:
-        return "columns", Columns(**told)
-    if not names:
-        return "unknown", FORMATS["prompt_completion"]  # no row is a mapping: each is counted, then it is an error
-    format_name, columns = recognise(names, source)
-    return format_name, replace(columns, **told)
 
 
 class _Text(NamedTuple):
@@ -266,32 +255,18 @@ class _Text(NamedTuple):
     response: str
 
 
-def _texts(
-    rows: Iterable[tuple[int, Any]],
-    columns: Columns,
-    template: Template,
-    clean: Callable[[str], str],
-    counts: Counts,
-) -> Iterator[_Text]:
-    """Yield the rows that hold text, responses put through `clean`; count the others."""
+def _texts(rows: Iterable[tuple[int, Any]], texts: RowTexts, counts: Counts) -> Iterator[_Text]:
+    """Yield the rows that have a prompt and a response; count the others."""
     for place, row in rows:
         counts.rows += 1
         if not isinstance(row, dict):
             counts.drop("not_a_mapping", place)
             continue
-        prompt, response = row.get(columns.prompt), row.get(columns.response)
-        extra = row.get(columns.input) if columns.input else None
-        if prompt is None or response is None:
-            counts.drop("missing_field", place)
-        elif not (isinstance(prompt, str) and isinstance(response, str) and isinstance(extra, str | None)):
-            counts.drop("not_text", place)
-        elif not prompt.strip():
-            counts.drop("empty_prompt", place)
-        elif not (response := clean(response)).strip():
-            counts.drop("empty_response", place)
+        found = texts.read(row)
+        if isinstance(found, str):
+            counts.drop(found, place)
         else:
-            fields = {"instruction": prompt, "input": extra or ""}
-            yield _Text(place, template.prompt(fields), template.full_response(fields, response))
+            yield _Text(place, *found)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ EXAMPLES = 5  # places named per kind
 MEANING = {
     "not_a_mapping": "not a JSON object",
     "missing_field": "lacks the prompt or the response field",
+    "not_of_the_task": "not a row of the task, or without a label",
     "not_text": "prompt or response is not text",
     "empty_prompt": "empty prompt",
     "empty_response": "empty response",

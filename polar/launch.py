@@ -130,7 +130,8 @@ def _asks_for_deepspeed(argv: list[str]) -> bool:
             path = Path(token.partition("=")[2] or following).expanduser()
             if path.is_file():
                 text = path.read_text(encoding="utf-8", errors="replace")
-                return re.search(r"^deepspeed:\s*[^\s#]", text, re.MULTILINE) is not None
+                # Any indentation: a variant may set it, and a process group of one process does no harm.
+                return re.search(r"^\s*deepspeed:\s*[^\s#]", text, re.MULTILINE) is not None
     return False
 
 

@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polar.commonsense import find_task
 from polar.compatibility import check_supported
 from polar.config_parser import checked
 from polar.errors import UserError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
         PolarTrainingConfig,
         RunConfig,
     )
+
+_COLUMN_KEYS = ("prompt_column", "input_column", "response_column")
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -172,8 +175,10 @@ def _check_model(model: ModelArguments) -> None:
 
 
 def _check_data(data: DataArguments) -> None:
+    if data.task:
+        find_task(data.task)
     if not data.train_dataset:
-        raise UserError("train_dataset is not set: give a .json, .jsonl or .parquet file or a hub name")
+        raise UserError("train_dataset is not set: give a .json, .jsonl or .parquet file or a hub name, or a task")
     check_source(data.train_dataset, "train_dataset")
     if data.val_dataset:
         if data.val_split:
@@ -183,7 +188,15 @@ def _check_data(data: DataArguments) -> None:
         raise UserError(f"val_split is {data.val_split:g}: give a share below 1, a whole number of rows, or 0 for none")
     if data.max_train_rows is not None and data.max_train_rows < 1:
         raise UserError(f"max_train_rows is {data.max_train_rows}: give at least 1, or null for all rows")
-    load_template(data.template)
+    if data.task:
+        own = [key for key in ("template", *_COLUMN_KEYS) if getattr(data, key)]
+        own += ["dataset_format"] * (data.dataset_format != "auto")
+        if own:
+            raise UserError(f"{own[0]} is {getattr(data, own[0])}: task {data.task} has its own reading: leave it out")
+    elif not data.template:
+        raise UserError("template is null: it goes with a task; use alpaca, or plain for the rows' own text")
+    else:
+        load_template(data.template)
 
 
 def _check_manifold(manifold: ManifoldArguments) -> None:

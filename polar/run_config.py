@@ -27,6 +27,7 @@ import yaml
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from trl import SFTConfig
 
+from polar.commonsense import TASKS
 from polar.config_parser import RunParser
 from polar.errors import UserError
 from polar.run_checks import check_deepspeed, check_run
@@ -89,8 +90,19 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy, arc_challenge or openbookqa: data, "
+            "prompt and response of that task, as lm-eval scores it. null: rows by columns and template."
+        },
+    )
     train_dataset: str | None = field(
-        default=None, metadata={"help": "File (.json, .jsonl, .parquet) or hub data set, `name` or `name:config`."}
+        default=None,
+        metadata={
+            "help": "File (.json, .jsonl, .parquet) or hub data set, `name` or `name:config`. With a task: null is the "
+            "task's own, a file may also be in LLM-Adapters' packaging."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split of a hub data set; ignored for files."})
     val_dataset: str | None = field(
@@ -110,8 +122,12 @@ class DataArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "Overrides the format's prompt column."})
     input_column: str | None = field(default=None, metadata={"help": "Overrides the format's extra-input column."})
     response_column: str | None = field(default=None, metadata={"help": "Overrides the format's response column."})
-    template: str = field(
-        default="alpaca", metadata={"help": "Name of a prompt template (polar/templates) or the path of a YAML file."}
+    template: str | None = field(
+        default="alpaca",
+        metadata={
+            "help": "Name of a prompt template (polar/templates) or the path of a YAML file. null with a task, which "
+            "has its own."
+        },
     )
     calculator_marks: Literal["keep", "remove"] = field(
         default="keep",
@@ -324,6 +340,8 @@ class RunConfig:
     adapter: AdapterArguments
     manifold: ManifoldArguments
     training: PolarTrainingConfig
+    recipe: str = field(default="", compare=False)
+    """The file that the settings come from, and its variants, as `FILE + NAME`; empty without one."""
 
     def validate(self, world_size: int) -> None:
         """Check everything that can be checked without loading weights; writes nothing.
@@ -367,7 +385,7 @@ class RunConfig:
 
 
 def parse_run(argv: Sequence[str]) -> RunConfig:
-    """Read `[--config FILE] [--key value ...] [--adapter.key value ...]` into a RunConfig.
+    """Read `[--config FILE] [--variant NAME ...] [--key value ...] [--adapter.key value ...]` into a RunConfig.
 
     Args:
         argv: the command line without the program's name; `--local_rank=N`, which the `deepspeed` command adds, is
@@ -380,8 +398,12 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
     groups = (ModelArguments, DataArguments, AdapterArguments, ManifoldArguments)
     parser = RunParser([*groups, PolarTrainingConfig], refused=REFUSED_KEYS, prog="python -m polar.train")
     given = parser.read(argv)
+    if given.get("task"):
+        given.setdefault("template", None)
     model, data = _take(ModelArguments, given), _take(DataArguments, given)
     adapter, manifold = _take(AdapterArguments, given), _take(ManifoldArguments, given)
+    if data.task in TASKS and data.train_dataset is None:
+        data.train_dataset, data.train_split = TASKS[data.task].source, "train"
     _keep_the_best_by_validation(data, given)
     if not {"bf16", "fp16"} & given.keys():  # SFTConfig would compute in bf16 whatever the base is stored in
         given |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
@@ -392,7 +414,7 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    return RunConfig(model, data, adapter, manifold, training)
+    return RunConfig(model, data, adapter, manifold, training, parser.recipe)
 
 
 def _take(group: type[T], given: dict[str, Any]) -> T:

@@ -79,6 +79,7 @@ def describe_run(config: RunConfig, plan: ModelPlan, data: Any, steps: StepPlan)
     """Return the run in words: engine, model, adapter, data, batch arithmetic, steps, memory, output."""
     training = config.training
     lines = [
+        *([_line("recipe", config.recipe)] if config.recipe else []),
         _line("run", f"{_engine(config)} on {training.device.type}"),
         _line("", ", ".join(f"{n} {installed_version(n) or '(source tree)'}" for n in _packages(config))),
         _line("model", f"{config.model.model_name_or_path}: {plan.architecture}, {_count(plan.num_base)} parameters"),
