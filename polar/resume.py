@@ -9,8 +9,10 @@ which batches of an epoch to skip.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy
 
 from polar import checkpoint
 from polar.engine_state import OptimizerState, whole_optimizer_state, whole_values, write_optimizer_state, write_values
 from polar.errors import UserError
 from polar.files import flush, write_json
 from polar.run_folder import PACKAGES, installed_version
+from polar.stop import StopRequest
 
 METRICS = "metrics.jsonl"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # deepspeed 0.19.8, fp16
@@ -34,6 +38,9 @@ class ResumeMixin:
 
     Attributes:
         run_identity: `polar.checkpoint.run_identity`, written into each checkpoint.
+        stop: who asked to stop, and whether an evaluation was due then.
+        train_begin: when `train` was called, in seconds of `time.perf_counter`.
+        earlier_starts: starts of this run before this one, and their seconds in `train` up to the checkpoint.
     """
 
     trainer: Any
@@ -41,6 +48,9 @@ class ResumeMixin:
     adapter_step: int | None
     evaluated_step: int | None
     run_identity: Mapping[str, Any]
+    stop: StopRequest
+    train_begin: float
+    earlier_starts: Mapping[str, Any] = MappingProxyType({"num_starts": 0, "train_time_s": 0.0})
 
     # Writing
 
@@ -98,6 +108,11 @@ class ResumeMixin:
         if problem:
             raise RuntimeError(problem) from cause
 
+    def starts(self) -> dict[str, Any]:
+        """Starts of this run so far, and their seconds in `train`: steps, evaluations and checkpoints."""
+        seconds = self.earlier_starts["train_time_s"] + time.perf_counter() - self.train_begin
+        return {"num_starts": self.earlier_starts["num_starts"] + 1, "train_time_s": round(seconds, 3)}
+
     def _metrics_file(self) -> Path:
         return Path(self.trainer.args.output_dir) / METRICS
 
@@ -136,6 +151,8 @@ class ResumeMixin:
             },
             "adapter_step": self.adapter_step,
             "evaluated_step": self.evaluated_step,
+            "evaluation_is_due": self.stop.evaluation_is_due,
+            "starts": self.starts(),
         }
 
     def _export_callbacks(self) -> None:
@@ -200,6 +217,7 @@ class ResumeMixin:
             else:
                 group["lr"] = learning_rate
         _set_loss_scale(trainer, saved["loss_scale"])
+        self.earlier_starts = saved.get("starts", self.earlier_starts)
         self.evaluated_step = saved["evaluated_step"]
         if saved["adapter_step"] is not None and self.adapter_folder.is_dir():
             self.adapter_step = saved["adapter_step"]
@@ -219,7 +237,8 @@ class ResumeMixin:
             random.seed(int(seeds[0]))
             np.random.seed(int(seeds[1]))
             torch.manual_seed(int(seeds[2]))
-        logging = checkpoint.read_state(folder)["logging"]
+        saved = checkpoint.read_state(folder)
+        logging = saved["logging"]
         losses, same = logging["loss"], len(states) == trainer.args.world_size
         carried = losses[rank] if same else sum(losses) / len(losses)
         trainer._tr_loss += carried
@@ -228,6 +247,9 @@ class ResumeMixin:
         if hasattr(trainer, "_metrics"):
             trainer._metrics["train"].update(logging["metrics"][rank if same else 0])
             trainer._total_train_tokens = logging["tokens_seen"] or 0
+        if saved.get("evaluation_is_due") and trainer.args.eval_strategy != IntervalStrategy.NO:
+            # The run stopped between a step and its evaluation, which draws its random numbers here as it would have.
+            trainer._determine_best_metric(trainer._evaluate(None, None), None)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # With save_total_limit 1 the Trainer would delete the newest checkpoint when another one is the best.

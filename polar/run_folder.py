@@ -19,7 +19,8 @@ import torch
 from polar.files import remove_leftovers, write_json, write_text
 
 PACKAGES = ("polar", "torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "safetensors")
-FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "data_report.json", "trainer_state.json")
+DONE = "done.json"  # written last: a folder that holds it holds a run that reached its last step
+FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "data_report.json", "trainer_state.json", DONE)
 
 
 def open_run_folder(folder: Path, config_yaml: str, data_report: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -52,6 +53,7 @@ def continue_run_folder(folder: Path, config_yaml: str, provenance: dict[str, An
         metrics_bytes: size of metrics.jsonl when the checkpoint was written.
     """
     remove_leftovers(folder)
+    (folder / DONE).unlink(missing_ok=True)
     metrics = folder / "metrics.jsonl"
     if metrics.is_file() and metrics.stat().st_size > metrics_bytes:
         os.truncate(metrics, metrics_bytes)
@@ -79,6 +81,14 @@ def collect_provenance(world_size: int, device: str, engine: str) -> dict[str, A
         "platform": platform.platform(),
         "versions": {name: installed_version(name) for name in PACKAGES},
     }
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run wrote into done.json, None where the run is not finished."""
+    try:
+        return json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def installed_version(package: str) -> str | None:

@@ -83,15 +83,49 @@ def _run(argv: list[str]) -> None:
     checkpoint = from_main_process(lambda: _find_checkpoint(config, identity)) if training.resume else None
     if rank() == 0:
         print(describe_run(config, plan, data, steps), flush=True)
-    if training.dry_run:
+    if training.dry_run or (training.resume and _is_finished(config)):
         return
 
     model = on_all_ranks(lambda: build_model(config))
     _open_folder(config, data.report, checkpoint)
     trainer = _make_trainer(config, model, tokenizer, data, identity)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stop.reason:
+        if rank() == 0:
+            trainer.stop.honoured()
+            print(_stopped(trainer), flush=True)
+        return
     trainer.finish()
+    _close_folder(config, trainer)
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Tell whether the run in the folder has reached its end; says so on the main process."""
+    from polar.run_folder import read_done
+
+    done = read_done(Path(config.training.output_dir))
+    if done is not None and rank() == 0:
+        print(f"nothing to do: this run was finished at step {done['step']} (done.json)", flush=True)
+    return done is not None
+
+
+def _stopped(trainer: Any) -> str:
+    state = trainer.state
+    return (
+        f"stopped at step {state.global_step} of {state.max_steps} by {trainer.stop.reason}: "
+        f"{trainer.args.output_dir}/checkpoint-{state.global_step} is saved; the same command with --resume continues"
+    )
+
+
+def _close_folder(config: RunConfig, trainer: Any) -> None:
+    """Write done.json, the last file of a run. Collective."""
+    from polar.files import write_json
+    from polar.run_folder import DONE
+    from polar.summary import engine_name
+
+    outcome = {**trainer.outcome(), "engine": engine_name(config)}
     if rank() == 0:
+        write_json(Path(config.training.output_dir) / DONE, outcome)
         print(f"adapter of step {trainer.adapter_step}: {trainer.adapter_folder}", flush=True)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +20,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from polar.constrain import ManifoldHandle, constrain
-from polar.engine_state import whole_values
+from polar.engine_state import trainable_parameters, whole_shape, whole_values
 from polar.errors import UserError
 from polar.files import atomic_directory
 from polar.progress import StepReport
 from polar.resume import METRICS, ResumeMixin
 from polar.saved_adapter import check_saved_adapter
 from polar.stiefel_adamw import StiefelAdamW
+from polar.stop import StopRequest
 from polar.tuner import restore_factor_dtype
 
 FACTOR_KEYS = ("polar_X", "polar_Y")
@@ -63,11 +66,13 @@ class AdapterTrainerMixin(ResumeMixin):
         for callback in (ProgressCallback, PrinterCallback):
             self.trainer.remove_callback(callback)
         self.trainer.add_callback(StepReport(self.manifold_handle, self.trainer.accelerator))
+        self.stop = StopRequest(Path(arguments.output_dir))
+        self.trainer.add_callback(self.stop)  # after the Trainer's own, whose decisions it overrules
         self.adapter_folder = Path(arguments.output_dir) / "adapter"
         self.adapter_step: int | None = None
         self.evaluated_step: int | None = None
         self._tokens: Tensor | float = 0.0
-        self._clock = time.perf_counter()
+        self._clock = self.train_begin = time.perf_counter()
 
     # Optimizer
 
@@ -100,9 +105,10 @@ class AdapterTrainerMixin(ResumeMixin):
     # Metrics
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; the time before the first step does not count as training time."""
-        self._clock = time.perf_counter()
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        """Train to the end, or until somebody asks to stop: then `stop.reason` says who."""
+        self._clock = self.train_begin = time.perf_counter()
+        with self.stop.listening():
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Count the tokens of a micro batch (padding not), then train on it."""
@@ -169,6 +175,23 @@ class AdapterTrainerMixin(ResumeMixin):
             self.save_adapter(self.adapter_folder)
             self.adapter_step = trainer.state.global_step
 
+    def outcome(self) -> dict[str, Any]:
+        """What done.json holds: steps, time, memory (largest of all ranks), sizes. Collective."""
+        trainer, args = self.trainer, self.trainer.args
+        on_device = args.device.type == "cuda"
+        bytes_here = torch.cuda.max_memory_allocated() if on_device else host_peak_bytes()
+        everywhere = trainer.accelerator.gather(torch.tensor([bytes_here], device=args.device))
+        return {
+            "step": trainer.state.global_step,
+            "adapter_step": self.adapter_step,
+            "best_metric": trainer.state.best_metric,
+            **self.starts(),
+            "peak_memory_gib": round(int(everywhere.max()) / 2**30, 3),
+            "peak_memory_of": "device" if on_device else "host",
+            "num_trainable": sum(whole_shape(p).numel() for p in trainable_parameters(trainer.model).values()),
+            "world_size": args.world_size,
+        }
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         begin = time.perf_counter()
         self.trainer.store_flos()
@@ -213,6 +236,11 @@ class AdapterTrainerMixin(ResumeMixin):
 
 class PolarSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     """TRL's supervised fine-tuning with PoLAR's manifold step."""
+
+
+def host_peak_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def separate_theta(optimizer: torch.optim.Optimizer, thetas: list[nn.Parameter], learning_rate: float | None) -> None:

@@ -59,6 +59,7 @@ def stopped(run: Path, copy: Path, step: int) -> Path:
     for folder in copy.glob("checkpoint-*"):
         if int(folder.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(folder)
+            (copy / "done.json").unlink(missing_ok=True)
     return copy
 
 
@@ -76,6 +77,7 @@ class Engines:
         for name, ranks, micro_batch, engine in ELSEWHERE:
             stopped(self.folder / "reference", self.folder / name, STOP)
             self.run(name, ranks, micro_batch, engine, "--resume")
+        self.asked_to_stop("asked to stop")
         self.killed("killed")
         self.full_disk("full disk")
 
@@ -87,6 +89,20 @@ class Engines:
     def run(self, name: str, ranks: int, micro_batch: int, engine: str, *more: str) -> None:
         arguments = self.arguments(name, micro_batch, engine, *more)
         run_ranks(ranks, lambda: train_main(arguments), self.folder / f"{name}.log")
+
+    def asked_to_stop(self, name: str) -> None:
+        """Rank 1 alone gets a signal in step 3, after which an evaluation is due; then the run goes on."""
+        arguments = self.arguments(name, 6, "zero3", "--resume")
+
+        def work() -> int:
+            if os.environ["RANK"] == "1":
+                act_in_step(3, signal.SIGUSR2)
+            return train_main(arguments)
+
+        run_ranks(2, work, self.folder / f"{name} 0.log")
+        checkpoints = [path.name for path in (self.folder / name).glob("checkpoint-*")]
+        (self.folder / f"{name}.json").write_text(json.dumps(checkpoints))
+        self.run(name, 2, 6, "zero3", "--resume")
 
     def killed(self, name: str) -> None:
         """A rank dies, and no launcher ends the other one: in the save of step 6, then in step 8; then it ends well."""
@@ -130,16 +146,21 @@ def die_in_save() -> None:
 
 def die_in_step() -> None:
     """Let this process be killed in step 8, before it joins the collectives of its backward pass."""
+    act_in_step(8, signal.SIGKILL)
+
+
+def act_in_step(number: int, action: signal.Signals) -> None:
+    """Send this process a signal in step `number`, before the collectives of its backward pass."""
     from polar.trainer import AdapterTrainerMixin
 
     step = AdapterTrainerMixin.training_step
 
-    def die_or_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def signal_and_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == number - 1:
+            os.kill(os.getpid(), action)
         return step(self, *args, **kwargs)
 
-    AdapterTrainerMixin.training_step = die_or_step
+    AdapterTrainerMixin.training_step = signal_and_step
 
 
 class Saves:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from polar.progress import StepReport
 from polar.train import main
 from tests.integration.commands import environment, metrics, train
 from tests.integration.resume_worker import stopped
@@ -94,9 +95,68 @@ def test_truncated_checkpoint_is_skipped(one: Path, settings: list[str], tmp_pat
 
 def test_finished_run_stays_as_it_is(one: Path, settings: list[str], tmp_path: Path, capfd: Any) -> None:
     run = stopped(one, tmp_path / "run", STEPS)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert main([*settings, "--output_dir", str(run), "--resume"]) == 0
-    assert f"step {STEPS} of {STEPS}" in capfd.readouterr().out
+    assert f"nothing to do: this run was finished at step {STEPS}" in capfd.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_run_killed_before_its_last_file_is_finished(one: Path, settings: list[str], tmp_path: Path) -> None:
+    """The last checkpoint is there, done.json is not."""
+    run = stopped(one, tmp_path / "run", STEPS)
+    (run / "done.json").unlink()
+    assert main([*settings, "--output_dir", str(run), "--resume"]) == 0
     _assert_equal(run, one)
+    assert json.loads((run / "done.json").read_text())["step"] == STEPS
+
+
+@pytest.mark.parametrize("step", [1, 6, 7])  # before any checkpoint; where one and an evaluation are due; end of epoch
+def test_stop_file_stops_and_resumes_bit_for_bit(
+    one: Path, settings: list[str], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "job.stop"
+    monkeypatch.setenv("POLAR_STOP_FILE", str(file))
+    _touch_after(step, file, monkeypatch)
+    command = [*settings, "--output_dir", str(run), "--resume"]
+    assert main(command) == 0
+    assert f"stopped at step {step} of {STEPS} by the file of POLAR_STOP_FILE" in capfd.readouterr().out
+    assert not (run / "done.json").exists()
+    file.unlink()  # it belongs to the job script, which names another one at the next start
+    monkeypatch.undo()
+    assert main(command) == 0
+    _assert_equal(run, one)
+    done = json.loads((run / "done.json").read_text())
+    assert (done["step"], done["num_starts"]) == (STEPS, 2)
+    assert done["train_time_s"] > 0
+
+
+def test_stop_at_the_end_of_an_epoch_that_is_evaluated(
+    settings: list[str], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer evaluates and saves at the end of an epoch, and announces one wherever it stops: at 4 and at 7."""
+    by_epoch = [*settings, "--eval_strategy", "epoch", "--save_strategy", "epoch", "--logging_strategy", "epoch"]
+    assert main([*by_epoch, "--output_dir", str(tmp_path / "whole")]) == 0
+    run = tmp_path / "run"
+    for step in (4, 7):
+        with monkeypatch.context() as patch:
+            _touch_after(step, run / "stop", patch)
+            assert main([*by_epoch, "--output_dir", str(run), "--resume"]) == 0
+        assert f"stopped at step {step} of {STEPS} by the file stop" in capfd.readouterr().out
+        assert not (run / "stop").exists()
+    assert main([*by_epoch, "--output_dir", str(run), "--resume"]) == 0
+    _assert_equal(run, tmp_path / "whole")
+
+
+def _touch_after(step: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let somebody create `file` at the end of a step, just before the run looks for it."""
+    report = StepReport.on_step_end
+
+    def touch_and_report(self: StepReport, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            file.touch()
+        report(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StepReport, "on_step_end", touch_and_report)
 
 
 def test_checkpoint_of_another_run_is_refused(one: Path, settings: list[str], tmp_path: Path, capfd: Any) -> None:

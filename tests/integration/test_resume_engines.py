@@ -101,6 +101,17 @@ def test_two_kills_without_a_launcher_lose_nothing(runs: Path) -> None:
     _assert_equal(runs / "killed", runs / "reference")
 
 
+def test_signal_to_one_rank_stops_all_at_the_same_step_and_loses_nothing(runs: Path) -> None:
+    """Rank 1 is asked in step 3; rank 0, which writes the checkpoint, was not."""
+    assert json.loads((runs / "asked to stop.json").read_text()) == ["checkpoint-3"]
+    log = (runs / "asked to stop 0.log0").read_text()
+    assert f"stopped at step 3 of {STEPS} by SIGUSR2" in log
+    assert "validation loss" not in log  # the evaluation of step 3 has to wait for the next start
+    _assert_equal(runs / "asked to stop", runs / "reference")
+    done = json.loads((runs / "asked to stop" / "done.json").read_text())
+    assert (done["step"], done["num_starts"], done["world_size"]) == (STEPS, 2, 2)
+
+
 @dataclass
 class Killed:
     run: Path
