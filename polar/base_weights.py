@@ -38,7 +38,7 @@ def find_weights(
     """
     if getattr(base.config, "quantization_config", None) is not None:
         raise UserError(f"base model {base.name} is quantised: spectra need its original weights; pass that model")
-    names = _layer_names(base, include, exclude)
+    names = layer_names(base, include, exclude)
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(resolve_base(base.name, revision, weights=True)):
         entries.update({entry.name: entry for entry in read_entries(file)[0]})
@@ -65,7 +65,8 @@ def find_weights(
     return weights
 
 
-def _layer_names(base: BaseModel, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def layer_names(base: BaseModel, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Return the linear layers that are measured, in the order of the modules; arguments and errors: `find_weights`."""
     from polar.build_model import VISION_MODULES  # where training leaves them out too
 
     output = base.model.get_output_embeddings()

@@ -7,6 +7,8 @@ for 27B, and finds whatever is wrong with the adapter before a weight is read.
 from __future__ import annotations
 
 import collections
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from polar.errors import UserError
+from polar.rank_file import check_rank_file
 from polar.run_checks import make_adapter_config
 
 if TYPE_CHECKING:
@@ -99,11 +102,8 @@ def plan_model(config: RunConfig) -> ModelPlan:
         UserError: no usable config, or an adapter that does not fit the model.
     """
     base_config = _load_base_config(config.model)
-    # from_config would partition the meta model while ZeRO-3 is announced to transformers.
-    zero3 = config.training.hf_deepspeed_config if is_deepspeed_zero3_enabled() else None
-    unset_hf_deepspeed_config()
     try:
-        with torch.device("meta"):
+        with unpartitioned(config), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 base_config,
                 dtype=getattr(torch, config.model.dtype),
@@ -112,9 +112,10 @@ def plan_model(config: RunConfig) -> ModelPlan:
             )
     except (ValueError, ImportError) as error:
         raise UserError(f"model_name_or_path {config.model.model_name_or_path}: {_first_line(error)}") from error
-    finally:
-        if zero3 is not None:
-            set_hf_deepspeed_config(zero3)
+    if config.adapter.ranks is not None:
+        value = config.adapter.adapter["ranks"]
+        source = f"adapter.ranks {value}" if isinstance(value, str) else "adapter.ranks"
+        check_rank_file(config.adapter.ranks.content, _linear_shapes(model), source)
     architecture = type(model).__name__
     num_base = sum(p.numel() for p in model.parameters())
     base_bytes = _loaded_bytes(model, config.model)
@@ -131,6 +132,18 @@ def plan_model(config: RunConfig) -> ModelPlan:
         num_layers=getattr(text_config, "num_hidden_layers", 0),
         hidden_size=getattr(text_config, "hidden_size", 0),
     )
+
+
+@contextlib.contextmanager
+def unpartitioned(config: RunConfig) -> Iterator[None]:
+    """Build models whole: transformers' from_config would partition a meta model while ZeRO-3 is announced to it."""
+    zero3 = config.training.hf_deepspeed_config if is_deepspeed_zero3_enabled() else None
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if zero3 is not None:
+            set_hf_deepspeed_config(zero3)
 
 
 def build_model(config: RunConfig) -> PeftModel:
@@ -226,23 +239,32 @@ def _loaded_bytes(model: nn.Module, arguments: ModelArguments) -> int:
     return total
 
 
-def _count_modules(model: nn.Module) -> dict[str, AdaptedModules]:
+def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """(d_out, d_in) by module name; () for modules that are no linear layer."""
+    return {
+        name: (module.out_features, module.in_features) if isinstance(module, nn.Linear) else ()
+        for name, module in model.named_modules()
+    }
+
+
+def _count_modules(model: PeftModel) -> dict[str, AdaptedModules]:
+    prefix = getattr(model.base_model, "prefix", "")  # of the tuner's parameters: lora_, polar_, hada_, ...
     names: dict[str, set[str]] = collections.defaultdict(set)
     numbers: collections.Counter[str] = collections.Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            module = _module_of(name)
+            module = _module_of(name, prefix)
             kind = module.rpartition(".")[2]
             names[kind].add(module)
             numbers[kind] += parameter.numel()
     return {kind: AdaptedModules(len(names[kind]), numbers[kind]) for kind in sorted(names)}
 
 
-def _module_of(parameter: str) -> str:
+def _module_of(parameter: str, prefix: str) -> str:
     """Name of the adapted module: `...self_attn.q_proj.polar_X.default` -> `...self_attn.q_proj`."""
     parts = parameter.split(".")
     for i, part in enumerate(parts):
-        if part.startswith(("polar_", "lora_", "modules_to_save")):
+        if part.startswith("modules_to_save") or (prefix and part.startswith(prefix)):
             return ".".join(parts[:i])
     return ".".join(parts[:-1])
 

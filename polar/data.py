@@ -12,7 +12,6 @@ builds a file in the datasets cache under a lock, all others map the same file, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -28,12 +27,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from polar.data_report import Counts, many_left_out, statistics, summary_line
 from polar.errors import UserError
-from polar.files import write_json
+from polar.files import locked, write_json
 from polar.pair_tokens import PairTokenizer, TokenPair
 from polar.row_texts import RowTexts, column_texts, task_texts
 from polar.rows import open_source
@@ -190,8 +188,7 @@ def _tokens_of(
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "polar"
     folder = cache / _digest(identity)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{folder.name}.lock"):
+        with locked(folder):
             if not folder.exists():
                 _build(folder, data, opened.rows, template, pairs, max_length)
     except OSError as error:
@@ -333,18 +330,3 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a file lock where the file system has locks; elsewhere several processes may do the same work."""
-    lock = FileLock(path)
-    try:
-        lock.acquire()
-    except NotImplementedError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import os
 import re
 import socket
@@ -10,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from polar.errors import UserError
 
@@ -71,6 +72,22 @@ def from_main_process(work: Callable[[], T]) -> T:
     if _is_distributed():
         dist.broadcast_object_list(results, src=0)
     return results[0]  # type: ignore[return-value]
+
+
+def from_main_process_for_long(work: Callable[[], T], check_s: float = 5.0) -> T:
+    """`from_main_process` for work that takes longer than a collective may wait (NCCL: ten minutes). Collective.
+
+    The main process works in a thread, and all processes meet every few seconds to hear that it is not done.
+
+    Args:
+        work: as for `from_main_process`; it must call no collective.
+        check_s: seconds between two meetings.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        future: Any = pool.submit(work) if rank() == 0 else None
+        while not from_main_process(lambda: bool(concurrent.futures.wait([future], check_s).done)):
+            pass
+        return from_main_process(lambda: future.result())
 
 
 def join_deepspeed() -> None:

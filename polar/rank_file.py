@@ -10,13 +10,15 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polar.errors import UserError
 
 FORMAT = "polar-ranks-1"
+# PEFT methods with a rank and an alpha per layer, and what they call alpha (peft 0.21.2).
+ALPHA_NAMES = {"POLAR": "alpha", "LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 LAYER_NUMBER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 
@@ -71,6 +73,11 @@ def read_rank_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = {"r", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules"} - ranks.keys()
     if missing:
         raise UserError(f"rank file {file}: has no {min(missing)}; make it again with polar ranks")
+    modules = ranks["modules"]
+    if not (isinstance(modules, dict) and modules and all(_is_entry(value) for value in modules.values())):
+        raise UserError(f"rank file {file}: `modules` does not map names to layers; make it again with polar ranks")
+    if not any(value["selected"] for value in modules.values()):
+        raise UserError(f"rank file {file}: no layer is selected; make it again with polar ranks")
     wrong = [name for name, value in ranks["modules"].items() if value["selected"] and not _is_rank(value.get("r"))]
     if wrong:
         raise UserError(f"rank file {file}: {wrong[0]} has r = {ranks['modules'][wrong[0]].get('r')!r}, need r >= 1")
@@ -82,16 +89,19 @@ def selected_ranks(ranks: dict[str, Any]) -> dict[str, int]:
     return {name: value["r"] for name, value in ranks["modules"].items() if value["selected"]}
 
 
-def check_rank_file(ranks: dict[str, Any], module_names: Collection[str], source: str = "rank file") -> None:
+def check_rank_file(
+    ranks: dict[str, Any], module_names: Collection[str] | Mapping[str, Sequence[int]], source: str = "rank file"
+) -> None:
     """Refuse a rank file that was made for another model.
 
     Args:
         ranks: a rank file's content.
-        module_names: modules of the model that is to be adapted, without PEFT's prefix.
+        module_names: modules of the model that is to be adapted, without PEFT's prefix; a mapping also gives the shape
+            of each linear layer's weight, which is compared too.
         source: how the message calls the file.
 
     Raises:
-        UserError: a module of the file does not exist.
+        UserError: a module of the file does not exist, or its weight has another shape.
     """
     missing = [name for name in selected_ranks(ranks) if name not in module_names]
     if missing:
@@ -102,27 +112,39 @@ def check_rank_file(ranks: dict[str, Any], module_names: Collection[str], source
             f"{source}: {len(missing)} of its modules do not exist in the model, the first is {missing[0]}{hint};"
             f" it was made for {made_for}: run polar ranks on this model"
         )
+    if isinstance(module_names, Mapping):
+        for name in selected_ranks(ranks):
+            stored, found = ranks["modules"][name].get("shape"), module_names[name]
+            if stored is not None and found and list(stored) != list(found):
+                made_for = ranks.get("provenance", {}).get("model", "another model")
+                raise UserError(
+                    f"{source}: the weight of {name} has shape {tuple(found)}, and {tuple(stored)} in {made_for}, for"
+                    " which it was made: run polar ranks on this model"
+                )
 
 
 def adapter_settings(ranks: dict[str, Any], peft_type: str = "POLAR") -> dict[str, Any]:
-    """Return the arguments of a PEFT configuration that carry the ranks: PolarConfig, or LoraConfig for LORA.
+    """Return the arguments of a PEFT configuration that carry the ranks.
 
     QLoRA, rsLoRA and DoRA are LoraConfigs with further arguments.
 
     Args:
         ranks: a rank file's content.
-        peft_type: POLAR or LORA.
+        peft_type: a key of ALPHA_NAMES.
     """
-    alpha_name = {"POLAR": "alpha", "LORA": "lora_alpha"}.get(peft_type)
-    if alpha_name is None:
-        raise UserError(f"peft_type {peft_type} takes no rank file here; use POLAR or LORA")
+    if peft_type not in ALPHA_NAMES:
+        raise UserError(f"peft_type {peft_type} has no rank per layer; use one of {', '.join(ALPHA_NAMES)}")
     return {
         "r": ranks["r"],
-        alpha_name: ranks["alpha"],
+        ALPHA_NAMES[peft_type]: ranks["alpha"],
         "target_modules": ranks["target_modules"],
         "rank_pattern": dict(ranks["rank_pattern"]),
         "alpha_pattern": dict(ranks["alpha_pattern"]),
     }
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("selected"), bool)
 
 
 def _is_rank(value: Any) -> bool:

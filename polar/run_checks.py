@@ -18,6 +18,7 @@ from polar.compatibility import check_supported
 from polar.config_parser import checked
 from polar.errors import UserError
 from polar.rows import check_source
+from polar.run_ranks import ranks_setting
 from polar.templates import load_template
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_batch(config.training, world_size)
     _check_model(config.model)
     _check_data(config.data)
+    ranks_setting(config.adapter.adapter)
     adapter = make_adapter_config(config.adapter)
     _check_manifold(config.manifold)
     _check_backward_field(adapter, config)
@@ -111,14 +113,14 @@ def make_adapter_config(arguments: AdapterArguments) -> Any:
     hints = _hints(config_class)
     fields = {f.name for f in dataclasses.fields(config_class) if f.init}
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    for key, value in arguments.adapter.items():
-        if key == "peft_type":
-            continue
+    for key, value in arguments.fields().items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             fix = f"did you mean adapter.{near[0]}?" if near else f"its fields are {', '.join(sorted(fields))}"
             raise UserError(f"adapter.{key}: unknown field of {config_class.__name__}: {fix}")
-        values[key] = checked(key, value, hints[key], origin="adapter.") if key in hints else value
+        values[key] = (
+            checked(key, value, hints[key], origin="adapter.") if key in hints.keys() & arguments.adapter else value
+        )
         if key in ("target_modules", "exclude_modules") and isinstance(value, str):
             _check_expression(f"adapter.{key}", value)
     rank = values.get("r")

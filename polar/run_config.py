@@ -20,7 +20,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 import yaml
@@ -30,7 +30,11 @@ from trl import SFTConfig
 from polar.commonsense import TASKS
 from polar.config_parser import RunParser
 from polar.errors import UserError
+from polar.rank_file import adapter_settings
 from polar.run_checks import check_deepspeed, check_run
+
+if TYPE_CHECKING:
+    from polar.run_ranks import RunRanks
 
 # Keys of SFTConfig / TrainingArguments that would do nothing, or harm, in a polar run, and what to write instead.
 REFUSED_KEYS = {
@@ -147,7 +151,7 @@ class DataArguments:
 
 @dataclass
 class AdapterArguments:
-    """`peft_type` (POLAR, LORA, ...) and the fields of that PEFT config class."""
+    """`peft_type` (POLAR, LORA, ...) and the fields of that PEFT config class, or `ranks` for some of them."""
 
     _argument_group_name: ClassVar[str] = "adapter"
 
@@ -155,9 +159,18 @@ class AdapterArguments:
         default_factory=dict,
         metadata={
             "help": "A mapping: peft_type (default POLAR) and that method's own fields; single ones as --adapter.r 8 "
-            """or --adapter.target_modules '["q_proj", "v_proj"]'."""
+            """or --adapter.target_modules '["q_proj", "v_proj"]'. ranks: a file of `polar ranks`, auto, or """
+            "a mapping of its settings, instead of r, alpha and target_modules."
         },
     )
+
+    def __post_init__(self) -> None:
+        self.ranks: RunRanks | None = None  # what the entry `ranks` stands for, once polar.run_ranks has found it
+
+    def fields(self) -> dict[str, Any]:
+        """The method's own fields, those that the ranks set among them."""
+        values = {key: value for key, value in self.adapter.items() if key not in ("peft_type", "ranks")}
+        return values | (adapter_settings(self.ranks.content, self.peft_type) if self.ranks is not None else {})
 
     @property
     def peft_type(self) -> str:

@@ -20,7 +20,15 @@ from polar.files import remove_leftovers, write_json, write_text
 
 PACKAGES = ("polar", "torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "safetensors")
 DONE = "done.json"  # written last: a folder that holds it holds a run that reached its last step
-FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "data_report.json", "trainer_state.json", DONE)
+FILES = (
+    "config.yaml",
+    "provenance.json",
+    "metrics.jsonl",
+    "data_report.json",
+    "trainer_state.json",
+    "ranks.json",
+    DONE,
+)
 
 
 def open_run_folder(folder: Path, config_yaml: str, data_report: dict[str, Any], provenance: dict[str, Any]) -> None:

@@ -137,6 +137,8 @@ def _adapter_lines(config: RunConfig, plan: ModelPlan) -> list[str]:
         _line("adapter", f"{adapter.peft_type}{': ' + fields if fields else ''}"),
         _line("", f"{plan.num_trainable:,} trainable parameters ({share:.3g} % of the base)"),
     ]
+    if adapter.ranks is not None:
+        lines.append(_line("", f"ranks {adapter.ranks.origin}"))
     if plan.num_factors:
         manifold = config.manifold
         lines.append(_line("", f"{plan.num_factors} Stiefel factors, {manifold.manifold_step}"))

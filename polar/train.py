@@ -73,8 +73,10 @@ def _run(argv: list[str]) -> None:
     from polar.build_model import build_model, load_tokenizer, plan_model
     from polar.checkpoint import run_identity
     from polar.data import prepare
+    from polar.run_ranks import compute_missing_ranks, find_ranks
     from polar.summary import describe_run, plan_steps
 
+    find_ranks(config)
     tokenizer = on_all_ranks(lambda: load_tokenizer(config.model))
     plan = on_all_ranks(lambda: plan_model(config))
     data = on_all_ranks(lambda: prepare(config.data, tokenizer, training.max_length, training.seed))
@@ -86,6 +88,9 @@ def _run(argv: list[str]) -> None:
     if training.dry_run or (training.resume and _is_finished(config)):
         return
 
+    computed = compute_missing_ranks(config)
+    if computed and rank() == 0:
+        print(computed, flush=True)
     model = on_all_ranks(lambda: build_model(config))
     _open_folder(config, data.report, checkpoint)
     trainer = _make_trainer(config, model, tokenizer, data, identity)
@@ -168,7 +173,9 @@ def _find_checkpoint(config: RunConfig, identity: dict[str, Any]) -> Path | None
 
 def _open_folder(config: RunConfig, data_report: dict[str, Any], checkpoint: Path | None) -> None:
     from polar.checkpoint import read_state
+    from polar.files import write_json
     from polar.run_folder import collect_provenance, continue_run_folder, open_run_folder
+    from polar.run_ranks import RANKS_NAME
     from polar.summary import engine_name
 
     training = config.training
@@ -176,9 +183,14 @@ def _open_folder(config: RunConfig, data_report: dict[str, Any], checkpoint: Pat
     def open_it() -> None:
         if rank() == 0:
             provenance = collect_provenance(training.world_size, str(training.device), engine_name(config))
+            ranks = config.adapter.ranks
+            if ranks is not None:
+                provenance["ranks"] = ranks.provenance()
             folder = Path(training.output_dir)
             if checkpoint is None:
                 open_run_folder(folder, config.to_yaml(), data_report, provenance)
+                if ranks is not None:
+                    write_json(folder / RANKS_NAME, ranks.content)
             else:
                 provenance["checkpoint"] = checkpoint.name
                 metrics_bytes = read_state(checkpoint)["logging"]["metrics_bytes"]
