@@ -408,15 +408,9 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         UserError: unknown key, wrong type, unreadable file, or values that TrainingArguments refuses.
         SystemExit: for `--help`.
     """
-    groups = (ModelArguments, DataArguments, AdapterArguments, ManifoldArguments)
-    parser = RunParser([*groups, PolarTrainingConfig], refused=REFUSED_KEYS, prog="python -m polar.train")
-    given = parser.read(argv)
-    if given.get("task"):
-        given.setdefault("template", None)
+    given, recipe = read_options(argv)
     model, data = _take(ModelArguments, given), _take(DataArguments, given)
     adapter, manifold = _take(AdapterArguments, given), _take(ManifoldArguments, given)
-    if data.task in TASKS and data.train_dataset is None:
-        data.train_dataset, data.train_split = TASKS[data.task].source, "train"
     _keep_the_best_by_validation(data, given)
     if not {"bf16", "fp16"} & given.keys():  # SFTConfig would compute in bf16 whatever the base is stored in
         given |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
@@ -427,7 +421,25 @@ def parse_run(argv: Sequence[str]) -> RunConfig:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    return RunConfig(model, data, adapter, manifold, training, parser.recipe)
+    return RunConfig(model, data, adapter, manifold, training, recipe)
+
+
+def read_options(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the checked keys that the recipe, the command line or the task set, and the recipe's name; no side effect.
+
+    Raises:
+        UserError: unknown key, wrong type or unreadable file.
+        SystemExit: for `--help`.
+    """
+    groups = (ModelArguments, DataArguments, AdapterArguments, ManifoldArguments)
+    parser = RunParser([*groups, PolarTrainingConfig], refused=REFUSED_KEYS, prog="python -m polar.train")
+    given = parser.read(argv)
+    task = given.get("task")
+    if task:
+        given.setdefault("template", None)
+    if task in TASKS and given.get("train_dataset") is None:
+        given |= {"train_dataset": TASKS[task].source, "train_split": "train"}
+    return given, parser.recipe
 
 
 def _take(group: type[T], given: dict[str, Any]) -> T:
