@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from polar.errors import UserError
 from polar.files import locked, write_json
 from polar.launch import from_main_process, from_main_process_for_long
-from polar.rank_file import ALPHA_NAMES, FORMAT, read_rank_file, selected_ranks, target_pattern
+from polar.rank_file import ALPHA_NAMES, FORMAT, pattern_keys, read_rank_file, selected_ranks, target_pattern
 from polar.rank_settings import RankSettings, parse_budget
 
 if TYPE_CHECKING:
@@ -157,13 +157,15 @@ def _upper_bound(config: RunConfig, settings: RankSettings) -> RunRanks:
         base = describe_base(str(config.model.model_name_or_path), config.model.revision)
     names = layer_names(base, settings.include, settings.exclude)
     uniform = parse_budget(settings.budget)[0] if settings.budget else 0
-    r = min(uniform or settings.r_max, max(min(base.linears[name].d_out, base.linears[name].d_in) for name in names))
+    highest = uniform or settings.r_max
+    r = {name: min(highest, base.linears[name].d_out, base.linears[name].d_in) for name in names}
+    keys = pattern_keys(names, {name for name, _ in base.model.named_modules()})
     content = {
         "format": FORMAT,
-        "r": r,
-        "alpha": settings.alpha_factor * r,
+        "r": highest,
+        "alpha": settings.alpha_factor * highest,
         "target_modules": target_pattern(names),
-        "rank_pattern": {},
+        "rank_pattern": {keys[name]: r[name] for name in names if r[name] < highest},
         "alpha_pattern": {},
         "modules": {},
     }

@@ -133,7 +133,7 @@ def _storage(config: RunConfig) -> str:
 
 def _adapter_lines(config: RunConfig, plan: ModelPlan) -> list[str]:
     adapter = config.adapter
-    fields = ", ".join(f"{k} {v}" for k, v in adapter.adapter.items() if k != "peft_type")
+    fields = ", ".join(f"{k} {v}" for k, v in adapter.adapter.items() if k not in ("peft_type", "ranks"))
     share = 100 * plan.num_trainable / max(plan.num_base, 1)
     lines = [
         _line("adapter", f"{adapter.peft_type}{': ' + fields if fields else ''}"),

@@ -40,7 +40,7 @@ def write_gemma3(
     return folder
 
 
-def write_multimodal_gemma3(folder: Path, seed: int = 0) -> Path:
+def write_multimodal_gemma3(folder: Path, seed: int = 0, **text: Any) -> Path:
     """Write a random multimodal Gemma-3 whose files use the names of the published ones: `language_model.model...`."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -53,7 +53,7 @@ def write_multimodal_gemma3(folder: Path, seed: int = 0) -> Path:
         "image_size": 28,
         "patch_size": 14,
     }
-    config = Gemma3Config(text_config=TEXT_CONFIG, vision_config=vision, mm_tokens_per_image=4)
+    config = Gemma3Config(text_config=TEXT_CONFIG | text, vision_config=vision, mm_tokens_per_image=4)
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     file = folder / "model.safetensors"
     renamed = {}
