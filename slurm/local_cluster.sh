@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real SLURM of two nodes with four (pretended) GPUs each, on one Debian machine and without leaving a trace on it.
+# A real SLURM of two nodes with four (pretended) GPUs each, on one Debian machine, beside anything else on it.
 #
 #   slurm/local_cluster.sh up          # packages if they are missing, munged, slurmctld, two slurmd; again: does nothing
 #   eval "$(slurm/local_cluster.sh env)"; sinfo; sbatch --nodes=2 --gpus-per-node=1 launchers/metamath_gemma27b.sh ...
@@ -130,7 +130,7 @@ SlurmctldPidFile=$home/slurmctld.pid
 SlurmdPidFile=$home/slurmd-%n.pid
 SlurmctldLogFile=$home/log/slurmctld
 SlurmdLogFile=$home/log/slurmd-%n
-ProctrackType=proctrack/pgid
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
