@@ -11,9 +11,11 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -f "$root/slurm/job.sh" ] || root=${POLAR_ROOT:-$SLURM_SUBMIT_DIR} # sbatch runs a copy of this file
-# shellcheck source=slurm/job.sh
+# shellcheck source=slurm/job.sh disable=SC1091
 source "$root/slurm/job.sh" report
 
+# What follows uses functions and variables of job.sh and sets others for them.
+# shellcheck disable=SC2034,SC2154
 export OMP_NUM_THREADS=1
 prepare --gpus_per_node 1 "$@"
 [ "${#arguments[@]}" = 1 ] || fail "which FOLDER of runs? see --help"

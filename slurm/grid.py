@@ -45,11 +45,20 @@ def read_grid(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def runs_of(grid: Mapping[str, list[str]]) -> dict[str, dict[str, str]]:
-    """Return the values of each run by its name, which does not depend on the order of the keys."""
+    """Return the values of each run by its name, which does not depend on the order of the keys.
+
+    Raises:
+        SweepError: two runs get one name.
+    """
     keys = [key for key in PLAIN if key in grid] + sorted(set(grid) - {*PLAIN, "seed"}) + ["seed"] * ("seed" in grid)
     choices = [[(key, value) for value in grid[key]] for key in keys]
-    combinations = map(dict, itertools.product(*choices))
-    return {run_name(values): values for values in combinations}
+    runs: dict[str, dict[str, str]] = {}
+    for values in map(dict, itertools.product(*choices)):
+        name = run_name(values)
+        if name in runs:
+            raise SweepError(f"{values} and {runs[name]} would share the folder {name}: submit one of them apart")
+        runs[name] = values
+    return runs
 
 
 def run_name(values: Mapping[str, str]) -> str:
@@ -57,7 +66,7 @@ def run_name(values: Mapping[str, str]) -> str:
     parts = []
     for key, value in values.items():
         prefix = "" if key in PLAIN else SHORT.get(key, key.rpartition(".")[2])
-        parts.append(prefix + re.sub(r"[^\w.+-]+", "-", _tidy(value)).strip("-"))
+        parts.append(prefix + re.sub(r"[^\w.+-]+", "-", _tidy(value)))
     return "_".join(parts)
 
 

@@ -48,10 +48,13 @@ def summary(arrays: list[Array]) -> list[tuple[str, str, list[tuple[int, str, st
 
 def test_runs_and_their_names() -> None:
     runs = runs_of(read_grid(["seed=0", "adapter.r=4", "learning_rate=4e-4,0.008", "--method=lora", "template=a/b"]))
-    assert list(runs) == ["lora_r4_lr0.0004_template" + "a-b_seed0", "lora_r4_lr0.008_templatea-b_seed0"]
+    assert list(runs) == ["lora_r4_lr0.0004_templatea-b_seed0", "lora_r4_lr0.008_templatea-b_seed0"]
     other_order = runs_of(read_grid(["learning_rate=0.0004", "template=a/b", "method=lora", "adapter.r=4", "seed=0"]))
     assert list(other_order) == list(runs)[:1]
     assert runs["lora_r4_lr0.008_templatea-b_seed0"]["template"] == "a/b"
+    assert list(runs_of({"x": ["1", "-1"]})) == ["x1", "x-1"]
+    with pytest.raises(SweepError, match="share the folder templatea-b"):
+        runs_of({"template": ["a/b", "a-b"]})
 
 
 @pytest.mark.parametrize(
