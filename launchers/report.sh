@@ -8,14 +8,14 @@
 #   bash launchers/report.sh runs/llama7b
 #   bash launchers/report.sh --submit runs/llama7b
 
+# Variables are shared with job.sh, both ways.
+# shellcheck disable=SC1091,SC2034,SC2154
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -f "$root/slurm/job.sh" ] || root=${POLAR_ROOT:-$SLURM_SUBMIT_DIR} # sbatch runs a copy of this file
-# shellcheck source=slurm/job.sh disable=SC1091
+# shellcheck source=slurm/job.sh
 source "$root/slurm/job.sh" report
 
-# What follows uses functions and variables of job.sh and sets others for them.
-# shellcheck disable=SC2034,SC2154
 export OMP_NUM_THREADS=1
 prepare --gpus_per_node 1 "$@"
 [ "${#arguments[@]}" = 1 ] || fail "which FOLDER of runs? see --help"
