@@ -38,7 +38,7 @@ TRAINED: dict[str, tuple[str, int, list[str]]] = {
 
 def settings_of(recipe: str, *variants: str) -> dict[str, Any]:
     """What a recipe says with some variants."""
-    values, changes = split_recipe(RECIPES[recipe], recipe)
+    values, changes = split_recipe(RECIPES[recipe], recipe)[:2]
     for name in variants:
         values = merge(values, changes[name])
     return values
