@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from polar.commonsense import TASKS
+from polar.errors import UserError
 from polar.rank_file import selected_ranks
 from polar.recipe import merge, split_recipe
 from polar.run_config import resolve_batch
@@ -61,6 +62,8 @@ def test_the_global_batch_is_exact(recipe: str) -> None:
         assert found == total == micro * world * accumulation
     if recipe == "metamathqa_gemma3_27b":
         assert accumulation == 4
+        with pytest.raises(UserError, match="use 120 or 144"):  # the paper's 3 nodes x 4 GPUs, where 120 was trained
+            resolve_batch(total, micro, None, 12)
 
 
 @pytest.mark.parametrize("recipe", BASES)
