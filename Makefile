@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench test-peft venv clean
+.PHONY: demo test lint bench test-peft test-slurm venv clean
 
 demo: venv
 	@$(BIN)/python -m demo.run
@@ -26,6 +26,10 @@ bench: venv
 
 test-peft: venv
 	@$(BIN)/python tests/peft_suite/run.py
+
+# A SLURM of two nodes on this machine; needs root and Debian's packages, and says so where it cannot run.
+test-slurm: venv
+	@bash .ci/slurm
 
 venv:
 	@PYTHON=$(PYTHON) bash .ci/venv

@@ -42,7 +42,7 @@ read_options() {
             --submit) submit=1 ;;
             --resume) ;; # always
             --nodes | --gpus_per_node | --time | --recipe | --method | --output_dir | --container | --sbatch)
-                [ $# -gt 0 ] || fail "$option needs a value"
+                [[ $# -gt 0 && ($1 != --* || $option = --sbatch) ]] || fail "$option needs a value"
                 set_option "${option#--}" "$1" && shift
                 ;;
             --nodes=* | --gpus_per_node=* | --time=* | --recipe=* | --method=* | --output_dir=* | --container=* | --sbatch=*)

@@ -1,0 +1,119 @@
+"""Real jobs on two nodes, one gloo rank on each: the metamath launcher, the recipe's variant `tiny`, ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.slurm.cluster import Cluster, Job
+
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What the jobs of `jobs` were and how they ended."""
+
+    whole: Job
+    requeued: Job
+    both_ran: bool
+    warned: Job
+    warned_restarts: int
+    killed: Job
+    seconds_to_fail: float
+    states: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, tiny_gemma3: Path, query_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Pairs of jobs that share both nodes: one whole, one requeued; one short of time, one that loses a rank."""
+    runs = tmp_path_factory.mktemp("runs")
+    settings = [
+        *("--variant", "tiny", "--model_name_or_path", str(tiny_gemma3), "--train_dataset", str(query_rows)),
+        *("--dtype", "float32", "--use_cpu", "true", "--max_train_rows", "null", "--max_steps", str(STEPS)),
+        *("--save_steps", "100", "--eval_steps", "100"),
+    ]
+
+    def submit(name: str, *options: str) -> Job:
+        return cluster.submit("metamath_gemma27b", *settings, *options, run=runs / name)
+
+    states = {}
+    requeued = submit("requeued", "--no_preflight")
+    whole = submit("whole")
+    cluster.wait_for_line(requeued, r"step +2/")
+    both_ran = cluster.fields(whole)["JobState"] == cluster.fields(requeued)["JobState"] == "RUNNING"
+    cluster.run("scontrol", "requeue", str(requeued.number))
+    states["whole"] = cluster.wait_for_end(whole)
+    # The launcher asks for a warning 900 s ahead of the limit: here it comes within SLURM's period of 30 s.
+    warned = submit("warned", "--no_preflight", "--time", "2")
+    states["requeued"] = cluster.wait_for_end(requeued)
+    cluster.wait_for_restart(warned)
+    cluster.run("scontrol", "update", f"JobId={warned.number}", "TimeLimit=60")
+    killed = submit("killed", "--no_preflight", "--max_steps", "1000")
+    cluster.wait_for_line(killed, r"step +2/")
+    os.kill(cluster.ranks(killed)[1], signal.SIGKILL)
+    start = time.monotonic()
+    states["killed"] = cluster.wait_for_end(killed)
+    seconds = time.monotonic() - start
+    states["warned"] = cluster.wait_for_end(warned)
+    restarts = int(cluster.fields(warned)["Restarts"])
+    return Jobs(whole, requeued, both_ran, warned, restarts, killed, seconds, states)
+
+
+def _assert_equal(run: Path, expected: Path) -> None:
+    """Same adapter, same last checkpoint bit for bit, every step logged once."""
+    for name in ("adapter/adapter_model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors"):
+        found, wanted = load_file(run / name), load_file(expected / name)
+        assert found.keys() == wanted.keys()
+        assert [key for key, value in wanted.items() if not torch.equal(found[key], value)] == []
+    lines = [(folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (run, expected)]
+    found_losses, losses = ([(r["step"], r["loss"]) for r in map(json.loads, part) if "loss" in r] for part in lines)
+    assert found_losses == losses
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+
+
+def test_a_job_trains_on_both_nodes_after_a_preflight(jobs: Jobs) -> None:
+    assert jobs.states["whole"] == "COMPLETED"
+    assert re.search(r"preflight of 2 ranks \(polar-n0: 0, polar-n1: 1\)", jobs.whole.log)
+    done = json.loads((jobs.whole.run / "done.json").read_text())
+    assert (done["step"], done["world_size"], done["num_starts"]) == (STEPS, 2, 1)
+    provenance = json.loads((jobs.whole.run / "provenance.json").read_text())
+    assert "zero3" in provenance["command"] or "ZeRO-3" in provenance["engine"]
+
+
+def test_two_jobs_at_once_on_the_same_nodes_do_not_meet(jobs: Jobs) -> None:
+    assert jobs.both_ran
+    assert jobs.states["whole"] == jobs.states["requeued"] == "COMPLETED"
+
+
+def test_a_job_that_slurm_requeues_saves_and_ends_as_if_undisturbed(jobs: Jobs) -> None:
+    assert jobs.states["requeued"] == "COMPLETED"
+    assert re.search(r"stopped at step \d of 8 by SIGTERM", jobs.requeued.log)
+    assert "resuming from" in jobs.requeued.log  # in the same file: the log is appended to
+    assert json.loads((jobs.requeued.run / "done.json").read_text())["num_starts"] == 2
+    _assert_equal(jobs.requeued.run, jobs.whole.run)
+
+
+def test_a_job_short_of_time_saves_requeues_itself_and_ends_as_if_undisturbed(jobs: Jobs) -> None:
+    assert jobs.states["warned"] == "COMPLETED"
+    assert jobs.warned_restarts >= 1
+    assert re.search(r"stopped by USR2 at step \d; job \d+ requeues itself", jobs.warned.log)
+    _assert_equal(jobs.warned.run, jobs.whole.run)
+    assert list((jobs.warned.run / "job").iterdir()) == []  # no stop file is left for a later start
+
+
+def test_a_killed_rank_ends_its_job_and_the_log_ends_with_host_and_reason(jobs: Jobs) -> None:
+    assert jobs.states["killed"] == "FAILED"
+    assert jobs.seconds_to_fail < 60
+    last = jobs.killed.log.strip().splitlines()[-2:]
+    assert any(line.endswith("node polar-n1, process 1, was ended by signal 9 (SIGKILL)") for line in last), last
+    assert not (jobs.killed.run / "done.json").exists()
