@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One node's part of a job: runs COMMAND with this node's rank, and writes down why it failed.
 #
-#   node.sh FOLDER COMMAND...     on failure, FOLDER/failure.RANK holds one line: time, host, process rank, reason
+#   node.sh FOLDER COMMAND...     on failure, FOLDER/failure.RANK holds one line: time, host, process rank, reason;
+#                                 FOLDER/system.HOST.jsonl has GPUs, memory, load and disk, every 30 s
 #
 # Each task expands SLURM_NODEID itself: in the batch shell it is 0.
 set -uo pipefail
@@ -11,6 +12,9 @@ shift
 export PET_NODE_RANK=$node_rank # torchrun's --node_rank
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
+if [[ ${1##*/} == python* ]]; then # COMMAND's Python logs what this node does meanwhile, and ends with this shell
+    (trap '' TERM USR2 INT && exec "$1" -IS "${BASH_SOURCE[0]%/*}/../polar/monitor.py" --out "$folder" --pid $$ >&2) &
+fi
 trap : TERM USR2 # sent to every process of a job: the command handles it, and this shell must outlive the command
 
 # tee ignores signals that end the others: processes that save and leave still write to it.
