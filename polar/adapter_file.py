@@ -1,7 +1,8 @@
 """A saved PoLAR adapter: find it, read it, and refuse it with one clear line when something is wrong with it.
 
 The folder is PEFT's: `adapter_config.json` (`"peft_type": "POLAR"`) and `adapter_model.safetensors` with the keys
-`base_model.model.<module>.polar_X | polar_Theta | polar_Y`. Pickles are never opened.
+`base_model.model.<module>.polar_X | polar_Theta | polar_Y`. Folders of the paper's own code are read as well
+(`polar.upstream`). Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from polar.base_checkpoint import BaseModel, describe_base
 from polar.errors import UserError
+from polar.upstream import as_polar, is_upstream
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -134,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(path: str | os.PathLike[str], base: str | BaseModel | None = None) -> AdapterFile:
-    """Read a PoLAR adapter and check everything that can be checked without the base's weights.
+    """Read a PoLAR adapter, ours or of the paper's code, and check all that can be checked without the base's weights.
 
     Args:
         path: run folder or adapter folder.
@@ -147,8 +149,10 @@ def read_adapter(path: str | os.PathLike[str], base: str | BaseModel | None = No
     """
     folder = find_adapter(path)
     config = read_config(folder)
+    tensors = {} if config["peft_type"] not in ("POLAR", "LORA") else read_tensors(folder)
+    if is_upstream(config, tensors):
+        config, tensors = as_polar(config, tensors, str(folder))
     _check_config(config, folder)
-    tensors = _read_tensors(folder)
     modules, other_tensors = _group(tensors, config, folder)
     notes = _check_factors(modules, folder)
     is_renamed = False
@@ -259,7 +263,12 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         raise UserError(f"{folder}: holds a {config['peft_type']} adapter; this needs one with peft_type POLAR")
     if config.get("theta", "full") not in THETA_KINDS:
         raise UserError(f"{folder / CONFIG_NAME}: theta {config['theta']!r} is none of {', '.join(THETA_KINDS)}")
-    for key, pattern, kind in (("r", "rank_pattern", "integer"), ("alpha", "alpha_pattern", "number")):
+    check_numbers(config, folder)
+
+
+def check_numbers(config: Mapping[str, Any], folder: Path, alpha: str = "alpha") -> None:
+    """Raise UserError unless r, alpha (under the name that the method has for it) and their patterns can be used."""
+    for key, pattern, kind in (("r", "rank_pattern", "integer"), (alpha, "alpha_pattern", "number")):
         patterns = config.get(pattern) or {}
         if not isinstance(patterns, dict):
             raise UserError(
@@ -273,7 +282,12 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
                 )
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of an adapter folder, of any PEFT method.
+
+    Raises:
+        UserError: no safetensors file there, or a broken one.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -308,9 +322,7 @@ def _group(
                 f"{file}: {key} is empty, shape {tuple(value.shape)}: a ZeRO-3 shard saved without gathering; save"
                 " the adapter through the trainer, or gather the parameters first"
             )
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            problem = "holds NaN or Inf" if value.is_floating_point() else f"is {value.dtype}, not floating point"
-            raise UserError(f"{file}: {key} {problem}; use an earlier checkpoint")
+        check_values(value, f"{file}: {key}")
         if part in ("polar_X", "polar_Theta", "polar_Y"):
             parts.setdefault(name, {})[part] = value
         elif _is_saved_beside(key, part, config):
@@ -322,6 +334,13 @@ def _group(
     if not parts:
         raise UserError(f"{file}: no polar_X in it; this is not a saved PoLAR adapter")
     return {name: _module(name, found, config, file) for name, found in sorted(parts.items())}, other
+
+
+def check_values(value: torch.Tensor, what: str) -> None:
+    """Raise UserError unless a tensor holds finite floating point numbers; `what` names file and key."""
+    if not value.is_floating_point() or not torch.isfinite(value).all():
+        problem = "holds NaN or Inf" if value.is_floating_point() else f"is {value.dtype}, not floating point"
+        raise UserError(f"{what} {problem}; use an earlier checkpoint")
 
 
 def _is_saved_beside(key: str, part: str, config: Mapping[str, Any]) -> bool:

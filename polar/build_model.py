@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from polar.errors import UserError
+from polar.launch import on_all_ranks, rank
 from polar.rank_file import check_rank_file
 from polar.run_checks import make_adapter_config
 
@@ -101,17 +102,7 @@ def plan_model(config: RunConfig) -> ModelPlan:
     Raises:
         UserError: no usable config, or an adapter that does not fit the model.
     """
-    base_config = _load_base_config(config.model)
-    try:
-        with unpartitioned(config), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                base_config,
-                dtype=getattr(torch, config.model.dtype),
-                attn_implementation=config.model.attn_implementation,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model_name_or_path {config.model.model_name_or_path}: {_first_line(error)}") from error
+    model, base_config = _meta_model(config)
     if config.adapter.ranks is not None:
         value = config.adapter.adapter["ranks"]
         source = f"adapter.ranks {value}" if isinstance(value, str) else "adapter.ranks"
@@ -146,6 +137,22 @@ def unpartitioned(config: RunConfig) -> Iterator[None]:
             set_hf_deepspeed_config(zero3)
 
 
+def _meta_model(config: RunConfig) -> tuple[Any, PreTrainedConfig]:
+    """Return the base model on the meta device, and its config."""
+    base_config = _load_base_config(config.model)
+    try:
+        with unpartitioned(config), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                base_config,
+                dtype=getattr(torch, config.model.dtype),
+                attn_implementation=config.model.attn_implementation,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model_name_or_path {config.model.model_name_or_path}: {_first_line(error)}") from error
+    return model, base_config
+
+
 def build_model(config: RunConfig) -> PeftModel:
     """Load the base model, quantise it if asked, add the adapter.
 
@@ -158,13 +165,34 @@ def build_model(config: RunConfig) -> PeftModel:
     Raises:
         UserError: the weights cannot be read, or the adapter does not fit.
     """
+    if config.training.engine == "fsdp2":
+        return _build_sharded(config)
+    return _load_adapted(config)
+
+
+def _build_sharded(config: RunConfig) -> PeftModel:
+    """Load the model on rank 0 and cut it over all ranks. Collective."""
+    from polar.fsdp2 import shard
+
+    training = config.training
+    source = on_all_ranks(lambda: _load_adapted(config) if rank() == 0 else None)
+    skeleton = _add_adapter(_meta_model(config)[0], config, low_cpu_mem_usage=True)
+    skeleton.config.use_cache = False
+    compute_dtype = torch.bfloat16 if training.bf16 else None
+    shard(skeleton, source, training.device, compute_dtype=compute_dtype, shard_size=training.fsdp_shard_size)
+    return skeleton
+
+
+def _load_adapted(config: RunConfig) -> PeftModel:
+    """Return base and adapter with values, in this process."""
     arguments = config.model
     assert arguments.model_name_or_path is not None  # validated
     quantization = _quantization_config(arguments)
     options: dict[str, Any] = {}
     if quantization is not None:
         options["quantization_config"] = quantization
-    if not is_deepspeed_zero3_enabled() and (quantization is not None or config.training.device.type == "cuda"):
+    stays_on_host = is_deepspeed_zero3_enabled() or config.training.engine == "fsdp2"
+    if not stays_on_host and (quantization is not None or config.training.device.type == "cuda"):
         options["device_map"] = {"": config.training.device}  # straight to its device, not through host memory
     try:
         model = AutoModelForCausalLM.from_pretrained(

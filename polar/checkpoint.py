@@ -52,6 +52,8 @@ FREE_KEYS = {
     *(
         "gradient_accumulation_steps",
         "deepspeed",
+        "engine",
+        "fsdp_shard_size",
         "use_cpu",
         "manifold_execution",
         "attn_implementation",

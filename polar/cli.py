@@ -14,6 +14,13 @@ from polar.errors import UserError
 # command -> (module with add_arguments(parser) and run(args), extra that it needs, what it does)
 COMMANDS = {
     "export": ("polar.export", "eval", "write an adapter as plain LoRA, or merged into its base"),
+    "convert": ("polar.convert", "eval", "write any low-rank adapter as PoLAR, also of lower rank"),
+    "combine": ("polar.combine", "eval", "write the weighted sum of adapters as PoLAR"),
+    "spectrum": (
+        "polar.spectrum_command",
+        "plots",
+        "spectra and subspaces of adapters or checkpoints, with plots",
+    ),
     "ranks": ("polar.ranks", "plots", "choose adapter ranks from the spectra of a base model"),
     "eval": ("polar_eval.score", "eval", "score an adapter with lm-eval"),
     "report": ("polar_eval.report", "plots", "compare runs: tables and plots"),

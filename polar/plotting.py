@@ -21,9 +21,10 @@ MODULE_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def require_matplotlib() -> None:
-    """Raise UserError where matplotlib is missing. Call it before anything is computed or written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib: pip install 'polar[plots]'")
+    """Raise UserError where what plots need is missing. Call it before anything is computed or written."""
+    for name in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"plots need {name}: pip install 'polar[plots]'")
 
 
 def new_figure(width: float = 7, height: float = 4, dpi: int = 130) -> Any:

@@ -57,6 +57,8 @@ def engine_of(training: PolarTrainingConfig) -> str:
     plugin = training.deepspeed_plugin
     if plugin is not None:
         return f"ZeRO-{plugin.zero_stage}"
+    if training.engine == "fsdp2":
+        return "FSDP2"
     return "DDP" if training.world_size > 1 else "one process"
 
 
@@ -67,6 +69,7 @@ def check_engine(config: RunConfig) -> None:
         UserError: names both and what to use instead.
     """
     training, model = config.training, config.model
+    _check_fsdp2(training, quantised=model.load_in_4bit or model.load_in_8bit)
     per_factor = config.manifold.second_moment == "per_factor" and config.adapter.peft_type == "POLAR"
     name = training.optim.value if hasattr(training.optim, "value") else str(training.optim)
     optimizer = "StiefelAdamW" if per_factor else "AdamW8bit" if "8bit" in name else "SGD" if name == "sgd" else "AdamW"
@@ -83,6 +86,27 @@ def check_engine(config: RunConfig) -> None:
             f"{optimizer} with offload_optimizer: accelerate would replace it by DeepSpeedCPUAdam without a word: set "
             '"zero_force_ds_cpu_optimizer": false in the DeepSpeed config, or use AdamW'
         )
+
+
+def _check_fsdp2(training: PolarTrainingConfig, *, quantised: bool) -> None:
+    if training.engine != "fsdp2":
+        if training.fsdp_shard_size is not None:
+            raise UserError(
+                f"fsdp_shard_size is {training.fsdp_shard_size}, but engine is {training.engine}: it goes with fsdp2"
+            )
+        return
+    if training.deepspeed:
+        raise UserError(f"engine fsdp2 and deepspeed {training.deepspeed} are both set: choose one")
+    if "RANK" not in os.environ:
+        raise UserError("engine fsdp2 needs a launcher: torchrun --nproc_per_node N -m polar.train ..., N may be 1")
+    if training.fp16:
+        raise UserError("engine fsdp2 with dtype float16: its loss scale is not supported: use bfloat16")
+    if quantised:
+        raise UserError("engine fsdp2 with a quantised base is not supported: use --deepspeed ds_configs/zero3.json")
+    size, processes = training.fsdp_shard_size, training.world_size
+    if size is not None and (size < 1 or processes % size):
+        fitting = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
+        raise UserError(f"fsdp_shard_size {size} does not divide {processes} processes: use one of {fitting}")
 
 
 def holds_run(folder: Path) -> bool:

@@ -51,8 +51,8 @@ REFUSED_KEYS = {
     "use_liger_kernel": "not supported by this trainer",
     "liger_kernel_config": "not supported by this trainer",
     "parallelism_config": "write deepspeed: FILE",
-    "fsdp": "write deepspeed: ds_configs/zero3.json",
-    "fsdp_config": "write deepspeed: ds_configs/zero3.json",
+    "fsdp": "write engine: fsdp2",
+    "fsdp_config": "write engine: fsdp2, and fsdp_shard_size for HSDP",
     "do_train": "polar train always trains",
     "do_eval": "give val_dataset or val_split",
     "do_predict": "use polar eval",
@@ -266,6 +266,20 @@ class PolarTrainingConfig(SFTConfig):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP's search for parameters without gradient; every adapter has one here."}
+    )
+    engine: Literal["auto", "fsdp2"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: one process, DDP where a launcher started several, or DeepSpeed with deepspeed: FILE. "
+            "fsdp2: base and adapter cut by rows over the ranks, layer by layer (torch's fully_shard)."
+        },
+    )
+    fsdp_shard_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "With engine fsdp2: cut within groups of so many ranks (the GPUs of a node); each group holds it "
+            "all (HSDP). null: over all ranks."
+        },
     )
     resume: bool = field(
         default=False,

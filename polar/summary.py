@@ -64,6 +64,8 @@ def memory_estimate_gib(config: RunConfig, plan: ModelPlan, longest_row: int) ->
     training = config.training
     plugin = training.deepspeed_plugin
     shards = training.world_size if plugin is not None and plugin.zero_stage == 3 else 1
+    if training.engine == "fsdp2":
+        shards = training.fsdp_shard_size or training.world_size
     length = training.max_length if training.packing and training.max_length else longest_row
     tokens = training.per_device_train_batch_size * length
     element = FP32_BYTES if config.model.dtype == "float32" else FP32_BYTES // 2

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -115,6 +116,19 @@ class AdapterTrainerMixin(ResumeMixin):
         mask = inputs.get("attention_mask")
         self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Let FSDP2 sum gradients once per step: between micro batches each rank keeps those of the adapter whole.
+
+        The Trainer's own asks a DistributedConfig, which only a model has that transformers has sharded itself.
+        """
+        model = self.trainer.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; its time does not count as training time."""

@@ -103,12 +103,13 @@ def trained_template(folder: Path) -> str | None:
     """Return the template that an adapter or merged model was trained with; None where nothing in its folder says it.
 
     Args:
-        folder: run folder, adapter or checkpoint in it (the run's config.yaml), or an export (its polar_export.json).
+        folder: run folder, adapter or checkpoint in it (the run's config.yaml), or an export (its report).
 
     Raises:
         UserError: such a file that cannot be read.
     """
-    for candidate in (folder / "polar_export.json", folder / "config.yaml", folder.parent / "config.yaml"):
+    reports = [folder / f"polar_{command}.json" for command in ("export", "convert", "combine")]
+    for candidate in (*reports, folder / "config.yaml", folder.parent / "config.yaml"):
         if candidate.is_file():  # JSON is YAML
             content = load_yaml(candidate.read_text(encoding="utf-8"), str(candidate))
             template = content.get("template") if isinstance(content, dict) else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS, STOP, ROWS = 10, 6, 68  # 8 rows validate; 60 are two epochs of 5 steps, and steps of 12 rows divide by 1 to 4
+FSDP2 = ["--engine", "fsdp2"]
 ZERO3 = ["--deepspeed", "ds_configs/zero3.json"]
 # Where the run continues that began under ZeRO-3 on two ranks: name, ranks (0: no launcher), micro batch, engine.
 ELSEWHERE: list[tuple[str, int, int, str]] = [
@@ -24,6 +25,7 @@ ELSEWHERE: list[tuple[str, int, int, str]] = [
     ("ZeRO-3, 4 ranks", 4, 3, "zero3"),
     ("ZeRO-2, 2 ranks", 2, 3, "zero2"),
     ("DDP, 3 ranks", 3, 2, ""),
+    ("FSDP2, 2 ranks", 2, 3, "fsdp2"),
     ("one process", 0, 4, ""),
 ]
 SIZE_LIMIT = 50_000  # bytes of a file: the adapter's fit, training_state.safetensors does not
@@ -82,7 +84,7 @@ class Engines:
         self.full_disk("full disk")
 
     def arguments(self, name: str, micro_batch: int, engine: str, *more: str) -> list[str]:
-        config = {"zero3": ZERO3, "zero2": ["--deepspeed", str(self.zero2)], "": []}[engine]
+        config = {"zero3": ZERO3, "zero2": ["--deepspeed", str(self.zero2)], "": [], "fsdp2": FSDP2}[engine]
         batch = ["--per_device_train_batch_size", str(micro_batch)]
         return [*self.settings, *batch, *config, "--output_dir", str(self.folder / name), *more]
 

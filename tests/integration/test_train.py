@@ -50,6 +50,7 @@ def runs(tmp_path_factory, tiny_gemma3, tiny_rows) -> dict[str, FinishedRun]:
         ("one", train, []),
         ("ddp", torchrun_train, []),
         ("zero3", deepspeed_train, ["--deepspeed", "ds_configs/zero3.json"]),
+        ("fsdp2", torchrun_train, ["--engine", "fsdp2"]),
         ("one, options", train, [*OPTIONS, "--report_to", "tensorboard"]),
         ("zero2, options", deepspeed_train, [*OPTIONS, "--deepspeed", "ds_configs/zero2.json"]),
     ):
@@ -59,7 +60,9 @@ def runs(tmp_path_factory, tiny_gemma3, tiny_rows) -> dict[str, FinishedRun]:
 
 
 @pytest.mark.parametrize(
-    ("alone", "engine"), [("one", "ddp"), ("one", "zero3"), ("one, options", "zero2, options")], ids=lambda name: name
+    ("alone", "engine"),
+    [("one", "ddp"), ("one", "zero3"), ("one", "fsdp2"), ("one, options", "zero2, options")],
+    ids=lambda name: name,
 )
 def test_engines_train_the_same_model(runs, alone, engine) -> None:
     """Independent computation: the same run on one process without any collective."""
@@ -90,7 +93,7 @@ def test_tensorboard_gets_what_the_run_folder_gets(runs) -> None:
     assert not list(runs["one"].folder.rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "zero2, options"])
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "fsdp2", "zero2, options"])
 def test_run_learns_on_the_manifold(runs, engine) -> None:
     run = runs[engine].folder
     loss = metrics(run, "loss")
@@ -135,7 +138,7 @@ def test_run_folder_says_what_was_run(runs) -> None:
     assert checkpoint == {*adapter_files, *state_files, "checkpoint.json"}
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "fsdp2"])
 def test_run_prints_no_warning(runs, engine) -> None:
     process = runs[engine].process
     lines = [line for line in (process.stdout + process.stderr).splitlines() if "warn" in line.lower()]

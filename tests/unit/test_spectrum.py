@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from polar.adapter_formats import read_any_adapter
 from polar.errors import UserError
-from polar.spectrum import adapter_spectrum, product_singular_values, stable_rank
+from polar.low_rank import singular_values, stable_rank
+from polar.spectrum import adapter_spectrum
 
 PREFIX = "base_model.model."
 
@@ -42,7 +44,7 @@ def test_product_equals_dense_svd(m: int, n: int, r: int, seed: int) -> None:
     torch.manual_seed(seed)
     left, core, right = torch.randn(m, r), torch.randn(r, r), torch.randn(n, r)
     left[:, 0] *= 1e-3  # far from orthonormal
-    values = product_singular_values(left, core, right)
+    values = singular_values(left, core, right)
     want = dense(left.double() @ core.double() @ right.double().T, r)
     assert values.shape == (r,)
     torch.testing.assert_close(values[: len(want)], want, rtol=1e-9, atol=1e-12 * want[0].item())
@@ -103,7 +105,6 @@ def test_what_has_no_spectrum_is_refused(tmp_path) -> None:
     A, B = torch.randn(2, 6), torch.randn(5, 2)
     cases = {
         "IA3": ({"peft_type": "IA3"}, {"x": A}),
-        "use_dora": (lora | {"use_dora": True}, {"x": A}),
         "no lora_B": (lora, {f"{PREFIX}q.lora_A.weight": A}),
         "need \\(r, d_in\\)": (lora, {f"{PREFIX}q.lora_A.weight": A, f"{PREFIX}q.lora_B.weight": B.T}),
         "no lora_A": (lora, {f"{PREFIX}q.weight": A}),
@@ -113,5 +114,16 @@ def test_what_has_no_spectrum_is_refused(tmp_path) -> None:
         with pytest.raises(UserError, match=message):
             adapter_spectrum(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(UserError, match="not readable"):
+    with pytest.raises(UserError, match="truncated or corrupt"):
         adapter_spectrum(folder)
+
+
+def test_dora_has_the_spectrum_of_its_low_rank_part(tmp_path) -> None:
+    """Independent computation: PEFT's own delta weight of a DoRA layer, which leaves the magnitudes out too."""
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=False, use_dora=True)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(24, 16)), config)
+    model.save_pretrained(tmp_path / "adapter")
+    want = dense(model.base_model.model[0].get_delta_weight("default"), 3)
+    torch.testing.assert_close(adapter_spectrum(tmp_path / "adapter")[0].singular_values, want, rtol=1e-5, atol=1e-6)
+    assert "DoRA rescales the whole weight" in read_any_adapter(tmp_path / "adapter").notes[0]
