@@ -21,6 +21,7 @@ bench: venv
 	@$(BIN)/python benchmarks/manifold_step_distributed.py --runs 7 --out benchmarks/results/manifold_step_distributed_cpu.json
 	@$(BIN)/python benchmarks/convergence.py --out benchmarks/results/convergence_cpu.json
 	@$(BIN)/python benchmarks/adaptive_ranks.py --layers 6 --threads 1 --runs 3 --out benchmarks/results/adaptive_ranks_cpu.json
+	@$(BIN)/python benchmarks/live_spectrum.py --steps 6 --runs 5 --out benchmarks/results/live_spectrum_cpu.json
 	@$(BIN)/python benchmarks/resume_soak.py --kills 20 --steps 200 --seed 0 --out benchmarks/results/resume_soak.json
 	@$(BIN)/python -m benchmarks.readme
 

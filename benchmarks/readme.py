@@ -190,11 +190,32 @@ def convergence(result: dict[str, Any]) -> list[str]:
     return [*lines, convergence_report.conclusion(result["comparison"])]
 
 
+def live_spectrum(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/live_spectrum.py."""
+    step, modules = result["step"], result["modules"]["cpu_ms"]
+    without, with_it = (step["step_cpu_ms"][kind] for kind in ("without", "with"))
+    alone = step["measurement_cpu_ms"]
+    spread = " and ".join(f"{kind['min']:,.0f} to {kind['max']:,.0f} ms" for kind in (without, with_it))
+    size = f"{step['num_parameters'] / 1e6:.0f} M parameters, {step['num_modules']} modules, r = {result['r']}"
+    whole = result["modules"]["num_modules"]
+    return [
+        f"**Orthonormality error and stable rank in the training log** ({size}, {result['cpu']}, {result['threads']} "
+        f"thread, processor time): one measurement takes {alone['median']:.0f} ms (median of {alone['runs']}), "
+        f"{step['measurement_over_step']:.1%} of a step of {without['median']:,.0f} ms, at logging steps only. Steps "
+        f"with it over steps without: {step['step_time_with_over_without']:.3f} (without and with it: {spread}). Over "
+        f"the {whole} modules of Gemma-3-27B on one process it takes {modules['error_and_rank']['median']:.0f} ms; "
+        f"{modules['error']['median']:.0f} ms of them are the error alone.",
+        "",
+        _how(result, ""),
+    ]
+
+
 SECTIONS = {
     "manifold_step": manifold_step,
     "manifold_step_distributed": manifold_step_distributed,
     "step_overhead": step_overhead,
     "manifold_comm": manifold_comm,
+    "live_spectrum": live_spectrum,
     "adaptive_ranks": adaptive_ranks,
     "convergence": convergence,
     "resume_soak": resume_soak,

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from polar import stiefel
 from polar.compatibility import check_factor_dtype, check_supported
 from polar.errors import UserError
-from polar.factor_batch import FactorBatch, batches_of
+from polar.factor_batch import FactorBatch, batches_of, gram_matrices, largest_orthonormality_error
 from polar.gathered import GatheredBatch
 from polar.shards import FactorSlice, related_leaves, resolve
 from polar.steps import ManifoldStep, ManifoldStepName, TangentField, make_step
@@ -172,17 +172,14 @@ class ManifoldHandle:
             )
         self._checked_steps = self.steps
 
+    def gram_matrices(self) -> dict[str, Tensor]:
+        """X^T X, (r, r), of each trainable factor by name. Collective: call it on every rank of the engine."""
+        self._refresh()
+        return gram_matrices(list(self._slices.values()))
+
     def orthonormality_error(self) -> float:
         """Largest norm(X^T X - I)_F over the trainable factors. Collective: call it on every rank of the engine."""
-        self._refresh()
-        worst = 0.0
-        for batch in batches_of(list(self._slices.values())):
-            with stiefel.full_precision():
-                for sums in batch.sums(gram=True, grad=False):
-                    assert sums.XtX is not None
-                    identity = torch.eye(sums.XtX.shape[-1], device=sums.XtX.device)
-                    worst = max(worst, torch.linalg.matrix_norm(sums.XtX - identity).max().item())
-        return worst
+        return largest_orthonormality_error(self.gram_matrices().values())
 
     # Which factors there are, and which of them an optimizer steps.
 

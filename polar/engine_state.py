@@ -12,7 +12,7 @@ DeepSpeed 0.19.8 has setters for whole tensors, which fail where numel is no mul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,17 @@ def whole_values(model: nn.Module) -> dict[str, Tensor]:
     """Return every trainable parameter whole, on the CPU, in fp32 where the engine keeps fp32. Collective."""
     parameters = trainable_parameters(model)
     slices = resolve(parameters, model)
-    found = dict(_whole(((name, item, item.values()) for name, item in slices.items()), lambda _: True))
+    found = whole_of(slices)
     return {name: found[name].view(whole_shape(parameter)) for name, parameter in parameters.items()}
+
+
+def whole_of(slices: Mapping[str, FactorSlice]) -> dict[str, Tensor]:
+    """Return some parameters whole and flat, by name, on the CPU of every rank. Collective.
+
+    Args:
+        slices: what `polar.shards.resolve` returned for them; the same names in the same order on every rank.
+    """
+    return dict(_whole(((name, item, item.values()) for name, item in slices.items()), lambda _: True))
 
 
 def whole_optimizer_state(model: nn.Module, optimizer: Any, *, keep: bool) -> OptimizerState:

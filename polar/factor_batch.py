@@ -13,7 +13,7 @@ Nothing of size n is sent and no factor is gathered.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -248,3 +248,23 @@ def batches_of(slices: Sequence[FactorSlice], way: CutRowsWay | None = None) -> 
     for item in slices:
         groups.setdefault((item.group, item.device), []).append(item)
     return [FactorBatch(members, way) for members in groups.values()]
+
+
+def gram_matrices(slices: Sequence[FactorSlice]) -> dict[str, Tensor]:
+    """Return X^T X, (r, r) fp32, of each factor by name. Collective where a group shares the factors."""
+    found: dict[str, Tensor] = {}
+    with stiefel.full_precision():
+        for batch in batches_of(slices):
+            for part, sums in zip(batch.parts, batch.sums(gram=True, grad=False), strict=True):
+                assert sums.XtX is not None
+                found.update(zip((item.name for item in part.slices), sums.XtX, strict=True))
+    return found
+
+
+def largest_orthonormality_error(grams: Iterable[Tensor]) -> float:
+    """Return the largest norm(X^T X - I)_F of matrices X^T X, (r, r) each; 0.0 for none."""
+    by_r: dict[int, list[Tensor]] = {}
+    for XtX in grams:
+        by_r.setdefault(XtX.shape[-1], []).append(XtX.cpu())
+    errors = [torch.linalg.matrix_norm(torch.stack(same) - torch.eye(r)).max().item() for r, same in by_r.items()]
+    return max(errors, default=0.0)

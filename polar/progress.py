@@ -71,7 +71,7 @@ class StepReport(TrainerCallback):
 
 
 def describe_step(logs: dict[str, Any]) -> str:
-    """Return the values of one training log as text: loss, learning rate, gradient norm, tokens/s, ||X^T X - I||_F."""
+    """Return one training log as text: loss, learning rate, gradient norm, tokens/s, ||X^T X - I||_F, stable rank."""
     parts = [f"loss {logs['loss']:.4f}", f"lr {logs.get('learning_rate', 0):.2e}"]
     if "grad_norm" in logs:
         parts.append(f"grad {logs['grad_norm']:.2g}")
@@ -79,4 +79,6 @@ def describe_step(logs: dict[str, Any]) -> str:
         parts.append(f"{logs['tokens_per_s']:,.0f} tok/s")
     if "orthonormality_error" in logs:
         parts.append(f"off manifold {logs['orthonormality_error']:.1e}")
+    if "stable_rank" in logs:
+        parts.append(f"stable rank {logs['stable_rank']:.2f}")
     return "  ".join(parts)

@@ -24,6 +24,7 @@ from polar.constrain import ManifoldHandle, constrain
 from polar.engine_state import trainable_parameters, whole_shape, whole_values
 from polar.errors import UserError
 from polar.files import atomic_directory
+from polar.live_spectrum import LiveSpectrum
 from polar.progress import StepReport
 from polar.resume import METRICS, ResumeMixin
 from polar.saved_adapter import check_saved_adapter
@@ -64,6 +65,7 @@ class AdapterTrainerMixin(ResumeMixin):
         super().__init__(**kwargs)
         if any(_is_factor(name) for name, p in self.trainer.model.named_parameters() if p.requires_grad):
             self.manifold_handle = constrain(self.trainer.model, **(manifold or {}))
+        self.live_spectrum = LiveSpectrum(self.trainer.model, self.manifold_handle)
         for callback in (ProgressCallback, PrinterCallback):
             self.trainer.remove_callback(callback)
         self.trainer.add_callback(StepReport(self.manifold_handle, self.trainer.accelerator))
@@ -139,7 +141,7 @@ class AdapterTrainerMixin(ResumeMixin):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log on all ranks: adds tokens_per_s and orthonormality_error, appends to metrics.jsonl on the main process.
+        """Log on all ranks: adds tokens_per_s and what `LiveSpectrum` measures; the main process appends metrics.jsonl.
 
         Raises:
             UserError: the training loss is not finite.
@@ -148,8 +150,7 @@ class AdapterTrainerMixin(ResumeMixin):
         is_step = "loss" in logs
         if is_step:
             logs["tokens_per_s"] = self._tokens_per_s()
-            if self.manifold_handle is not None:
-                logs["orthonormality_error"] = self.manifold_handle.orthonormality_error()
+            logs |= self.live_spectrum.measure()
         super().log(logs, start_time)  # type: ignore[misc]
         if trainer.is_world_process_zero():
             values = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in logs.items()}

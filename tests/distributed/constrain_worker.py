@@ -26,6 +26,7 @@ import polar
 from polar.cut_rows import CutRowsWay
 from polar.errors import UserError
 from polar.factor_batch import FactorBatch
+from polar.live_spectrum import LiveSpectrum
 from polar.shards import FactorSlice
 
 ENGINES: list[dict[str, Any]] = [
@@ -238,7 +239,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "num_factors": handle.num_factors,
         "steps": handle.steps,
         "losses": losses,
-        "orthonormality_error": handle.orthonormality_error(),
+        "live": LiveSpectrum(model, handle).measure(),
     }
     handle.remove()
     return result
