@@ -7,6 +7,7 @@ from peft.utils import PeftType, register_peft_method
 
 from polar.tuner.config import PolarConfig
 from polar.tuner.conversion import extend_peft_conversion
+from polar.tuner.hotswap import extend_peft_hotswap
 from polar.tuner.layer import PolarLayer, PolarLinear, restore_factor_dtype
 from polar.tuner.model import PolarModel
 
@@ -41,3 +42,4 @@ def _register() -> None:
 
 _register()
 extend_peft_conversion()
+extend_peft_hotswap()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -26,6 +26,7 @@ from polar.errors import UserError
 from polar.tuner.config import PolarConfig
 from polar.tuner.layer import PolarLayer, PolarLinear, check_rank
 from polar.tuner.quantized import find_backend
+from polar.tuner.weighted import add_weighted_adapter
 
 
 class NoMatchingModule(UserError, NoMatchingPeftModuleError):
@@ -117,6 +118,29 @@ class PolarModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # a further adapter is not trained until it is made active
         self._replace_module(parent, target_name, new_module, target)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["svd", "cat"] = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is the weighted sum of loaded ones, with its factors on the Stiefel manifold.
+
+        Args:
+            adapters: names of loaded adapters; their ranks, scales and layers may differ.
+            weights: one per adapter, of any sign.
+            adapter_name: of the sum; it is not made active.
+            combination_type: "cat" is exact and has the sum of the ranks (at most min(d_out, d_in)); "svd" is the best
+                approximation of rank `svd_rank`.
+            svd_rank: rank of "svd"; None: the largest rank of the adapters.
+
+        Raises:
+            UserError: unknown adapters, a name that is taken, a rank above the sum, another combination_type.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Always fp32: `autocast_adapter_dtype=False` asks for the base's dtype, in which factors leave the manifold.

@@ -22,7 +22,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import PeftType, PeftWarning
-from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -369,14 +368,6 @@ def test_other_methods_still_convert_as_before(tokens: torch.Tensor) -> None:
     lora = get_peft_model(llama(), config).eval()
     set_peft_model_state_dict(lora, tensors)
     torch.testing.assert_close(logits(lora, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)
-
-
-def test_hot_swapping_is_refused_by_peft(tmp_path: Path) -> None:
-    """PEFT 0.21.2 swaps LoRA only (its code splits keys of LoRA's form); converting to LoRA is the way."""
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but POLAR was passed"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
 
 
 def assert_untouched(model: nn.Module) -> None:
