@@ -28,6 +28,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from polar.errors import UserError
+from polar.init_from import start_from
 from polar.launch import on_all_ranks, rank
 from polar.rank_file import check_rank_file
 from polar.run_checks import make_adapter_config
@@ -218,11 +219,14 @@ def _add_adapter(model: nn.Module, config: RunConfig, **options: Any) -> PeftMod
     adapter_config.revision = config.model.revision
     try:
         # Adapters of other methods stay in fp32 too, which is PEFT's default (autocast_adapter_dtype).
-        return get_peft_model(model, adapter_config, **options)
+        adapted = get_peft_model(model, adapter_config, **options)
     except UserError:
         raise
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"adapter ({config.adapter.peft_type}): {_first_line(error)}") from error
+    if config.adapter.adapter.get("init_from"):
+        start_from(adapted, str(config.adapter.adapter["init_from"]))
+    return adapted
 
 
 def _load_base_config(arguments: ModelArguments) -> PreTrainedConfig:

@@ -160,7 +160,7 @@ class AdapterArguments:
         metadata={
             "help": "A mapping: peft_type (default POLAR) and that method's own fields; single ones as --adapter.r 8 "
             """or --adapter.target_modules '["q_proj", "v_proj"]'. ranks: a file of `polar ranks`, auto, or """
-            "a mapping of its settings, instead of r, alpha and target_modules."
+            "a mapping of its settings, instead of r, alpha and target_modules. init_from: an adapter to start from."
         },
     )
 
@@ -169,7 +169,7 @@ class AdapterArguments:
 
     def fields(self) -> dict[str, Any]:
         """The method's own fields, those that the ranks set among them."""
-        values = {key: value for key, value in self.adapter.items() if key not in ("peft_type", "ranks")}
+        values = {key: value for key, value in self.adapter.items() if key not in ("peft_type", "ranks", "init_from")}
         return values | (adapter_settings(self.ranks.content, self.peft_type) if self.ranks is not None else {})
 
     @property
