@@ -24,6 +24,7 @@ from polar.spectrum import ModuleSpectrum, adapter_spectrum
 from polar_eval.plots import plot_loss, plot_orthonormality_error, plot_stable_rank
 
 ABSENT = "-"
+GLUE_PREFIX = "glue_"  # of the task in results.json that a GLUE run writes itself
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def write_report(runs: Sequence[Run], out: Path, title: str = "Report", preface:
         ("stable_rank.png", "Stable rank of the delta weights", plot_stable_rank),
     ]
     drawn = [(file, caption) for file, caption, draw in plots if draw(runs, out / file)]
-    parts = [f"# {title}", preface, _score_table(runs), _training_table(runs), _spectrum_table(runs)]
+    parts = [f"# {title}", preface, _score_table(runs), _glue_table(runs), _training_table(runs), _spectrum_table(runs)]
     parts += [f"## {caption}\n\n![{caption}]({file})" for file, caption in drawn]
     page = out / "report.md"
     write_text(page, "\n\n".join(part for part in parts if part) + "\n")
@@ -120,6 +121,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _score_table(runs: Sequence[Run]) -> str:
     rows = []
     for result in _distinct_results(runs):
+        if _is_glue(result):
+            continue
         strict, last = (result["filters"].get(name) for name in ("strict", "flexible"))
         rows.append(
             [
@@ -135,6 +138,26 @@ def _score_table(runs: Sequence[Run]) -> str:
         return ""
     header = ["model", "task", "problems", "right answers, %", "right last number, %", "without an answer"]
     return "## Scores\n\nExact match ± standard error.\n\n" + table(header, rows)
+
+
+def _is_glue(result: dict[str, Any]) -> bool:
+    return str(result["task"]).startswith(GLUE_PREFIX)
+
+
+def _glue_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        for result in filter(_is_glue, run.results):
+            scores = []
+            for name, column in result["columns"].items():
+                error = "" if column["stderr"] is None else f" ± {100 * column['stderr']:.1f}"
+                scores.append(f"{name.replace('_', ' ')} {100 * column['value']:.1f}{error}")
+            task = result["task"].removeprefix(GLUE_PREFIX)
+            rows.append([f"{run.name} adapter", task, str(result["num_problems"]), ", ".join(scores)])
+    if not rows:
+        return ""
+    text = "On the validation rows, times 100, ± standard error; the adapter is the best by the first score."
+    return f"## GLUE\n\n{text}\n\n" + table(["model", "task", "rows", "scores"], rows)
 
 
 def _distinct_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -219,7 +242,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); run polar eval again") from error
-    if not isinstance(content, dict) or not {"filters", "adapter", "base", "num_problems"} <= set(content):
+    if not isinstance(content, dict) or not {"task", "adapter", "base", "num_problems"} <= set(content):
         raise UserError(f"{path}: not a result of polar eval; move it out of the run folder")
     return content
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from polar.classifier import add_head_settings, head_to_fp32, load_classifier, modules_to_save
 from polar.errors import UserError
 from polar.init_from import start_from
 from polar.launch import on_all_ranks, rank
@@ -76,8 +78,12 @@ class ModelPlan:
     hidden_size: int
 
 
-def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelArguments, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
     """Load the base model's tokenizer, with a pad token.
+
+    Args:
+        model: which base.
+        needs_eos: whether rows end with EOS; a classification head reads none.
 
     Raises:
         UserError: there is none, or it has no EOS token.
@@ -90,10 +96,10 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
         raise UserError(
             f"no tokenizer in model_name_or_path {model.model_name_or_path}: {_first_line(error)}"
         ) from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and (needs_eos or tokenizer.pad_token_id is None):
         raise UserError(f"the tokenizer of {model.model_name_or_path} has no EOS token: responses could not end")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # labels of padding are -100, so any token does
+        tokenizer.pad_token = tokenizer.eos_token  # padding has no label and no attention, so any token does
     return tokenizer
 
 
@@ -140,10 +146,11 @@ def unpartitioned(config: RunConfig) -> Iterator[None]:
 
 def _meta_model(config: RunConfig) -> tuple[Any, PreTrainedConfig]:
     """Return the base model on the meta device, and its config."""
-    base_config = _load_base_config(config.model)
+    base_config = _load_base_config(config)
+    kind = AutoModelForCausalLM if config.glue_task is None else AutoModelForSequenceClassification
     try:
         with unpartitioned(config), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = kind.from_config(
                 base_config,
                 dtype=getattr(torch, config.model.dtype),
                 attn_implementation=config.model.attn_implementation,
@@ -195,15 +202,20 @@ def _load_adapted(config: RunConfig) -> PeftModel:
     stays_on_host = is_deepspeed_zero3_enabled() or config.training.engine == "fsdp2"
     if not stays_on_host and (quantization is not None or config.training.device.type == "cuda"):
         options["device_map"] = {"": config.training.device}  # straight to its device, not through host memory
+    options |= {
+        "revision": arguments.revision,
+        "dtype": getattr(torch, arguments.dtype),
+        "attn_implementation": arguments.attn_implementation,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model_name_or_path,
-            revision=arguments.revision,
-            dtype=getattr(torch, arguments.dtype),
-            attn_implementation=arguments.attn_implementation,
-            trust_remote_code=arguments.trust_remote_code,
-            **options,
-        )
+        if config.glue_task is None:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, **options)
+        else:
+            set_seed(config.training.seed)  # a new head is drawn while the base is read
+            model = load_classifier(arguments.model_name_or_path, _load_base_config(config), **options)
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the model {arguments.model_name_or_path}: {_first_line(error)}") from error
     model.config.use_cache = False  # a key-value cache is of no use in training
@@ -213,7 +225,9 @@ def _load_adapted(config: RunConfig) -> PeftModel:
 
 
 def _add_adapter(model: nn.Module, config: RunConfig, **options: Any) -> PeftModel:
-    adapter_config = make_adapter_config(config.adapter)
+    adapter_config = make_adapter_config(config.adapter, config.task_type)
+    if config.glue_task is not None and hasattr(adapter_config, "modules_to_save"):
+        adapter_config.modules_to_save = modules_to_save(model, adapter_config.modules_to_save)
     if hasattr(model.config, "vision_config") and not getattr(adapter_config, "exclude_modules", None):
         adapter_config.exclude_modules = VISION_MODULES
     adapter_config.revision = config.model.revision
@@ -224,15 +238,17 @@ def _add_adapter(model: nn.Module, config: RunConfig, **options: Any) -> PeftMod
         raise
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"adapter ({config.adapter.peft_type}): {_first_line(error)}") from error
+    head_to_fp32(adapted)
     if config.adapter.adapter.get("init_from"):
         start_from(adapted, str(config.adapter.adapter["init_from"]))
     return adapted
 
 
-def _load_base_config(arguments: ModelArguments) -> PreTrainedConfig:
+def _load_base_config(config: RunConfig) -> PreTrainedConfig:
+    arguments = config.model
     assert arguments.model_name_or_path is not None  # validated
     try:
-        return AutoConfig.from_pretrained(
+        base_config = AutoConfig.from_pretrained(
             arguments.model_name_or_path, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
@@ -240,6 +256,9 @@ def _load_base_config(arguments: ModelArguments) -> PreTrainedConfig:
             f"model_name_or_path {arguments.model_name_or_path}: no folder with a readable config.json, and the hub "
             f"did not give it ({_first_line(error)})"
         ) from error
+    if config.glue_task is not None:
+        add_head_settings(base_config, config.glue_task)
+    return base_config
 
 
 def _quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:

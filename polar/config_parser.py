@@ -112,9 +112,10 @@ class RunParser(TrlParser):
         config_path, variants, dotted, rest = self._split(list(argv))
         if variants and config_path is None:
             raise UserError(f"--variant {variants[0]}: variants are in a recipe file: add --config FILE")
-        values = self._from_file(config_path, variants) if config_path else {}
+        from_command_line = self._from_command_line(rest)
+        values = self._from_file(config_path, variants, from_command_line.get("task")) if config_path else {}
         self.recipe = " + ".join([config_path, *variants]) if config_path else ""
-        values.update(self._from_command_line(rest))
+        values.update(from_command_line)
         for key, entries in dotted.items():
             current = values.get(key)
             values[key] = {**(current if isinstance(current, Mapping) else {}), **entries}
@@ -154,7 +155,7 @@ class RunParser(TrlParser):
                 rest.append(token)
         return config_path, variants, dotted, rest
 
-    def _from_file(self, path: str, variants: Sequence[str]) -> dict[str, Any]:
+    def _from_file(self, path: str, variants: Sequence[str], task: str | None) -> dict[str, Any]:
         try:
             text = Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -162,7 +163,7 @@ class RunParser(TrlParser):
         content = load_yaml(text, path)
         if not isinstance(content, dict):
             raise UserError(f"{path} must hold `key: value` lines, found {type(content).__name__}")
-        return read_recipe(content, path, variants, self._checked_settings)
+        return read_recipe(content, path, variants, self._checked_settings, task)
 
     def _checked_settings(self, settings: Mapping[str, Any], origin: str) -> dict[str, Any]:
         for key in settings:

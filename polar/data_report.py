@@ -18,6 +18,11 @@ MEANING = {
     "special_token_in_text": "BOS or EOS inside the text",
     "prompt_too_long": "prompt alone reaches max_length",
     "too_long": "longer than max_length",
+    "wrong_number_of_columns": "other number of columns than the header",
+    "missing_column": "lacks a text or the label",
+    "empty_text": "empty text",
+    "no_label": "without a label",
+    "unknown_label": "unknown label",
 }
 
 

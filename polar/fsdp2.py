@@ -76,8 +76,10 @@ def shard(
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """Return the modules that become units of their own: the layers that a transformers model must not split.
 
+    A model that names none (DeBERTa in transformers 5.23) has them in its longest list of equal modules.
+
     Raises:
-        UserError: the model names none, so that all of it would be gathered at once.
+        UserError: there is no such list either, so that all of it would be gathered at once.
     """
     names = set()
     for module in model.modules():
@@ -85,6 +87,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     found = [module for module in model.modules() if type(module).__name__ in names]
     inside = {id(inner) for module in found for inner in module.modules() if inner is not module}
     outermost = [module for module in found if id(module) not in inside]
+    if not outermost:
+        lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+        outermost = max(lists, key=len, default=[])
     if not outermost:
         raise UserError(
             f"engine fsdp2: {type(model).__name__} does not name its layers (_no_split_modules): use --deepspeed "

@@ -51,9 +51,13 @@ class StepReport(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and metrics and "eval_loss" in metrics:
+            chosen = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
+            value, earlier = metrics[chosen], state.best_metric
             # The Trainer updates best_metric after this call.
-            best = state.best_metric is None or metrics["eval_loss"] < state.best_metric
-            self._print(state, f"validation loss {metrics['eval_loss']:.4f}{', the best so far' if best else ''}")
+            best = earlier is None or (value > earlier if args.greater_is_better else value < earlier)
+            names = ["eval_loss"] if chosen == "eval_loss" else [chosen, "eval_loss"]
+            text = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {metrics[name]:.4f}" for name in names)
+            self._print(state, f"validation {text}{', the best so far' if best else ''}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

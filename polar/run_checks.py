@@ -13,10 +13,12 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polar.commonsense import find_task
+from polar.commonsense import TASKS as COMMONSENSE_TASKS
 from polar.compatibility import check_supported
 from polar.config_parser import checked
 from polar.errors import UserError
+from polar.glue import TASKS as GLUE_TASKS
+from polar.glue_settings import check_glue
 from polar.rows import check_source
 from polar.run_ranks import ranks_setting
 from polar.templates import load_template
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         RunConfig,
     )
 
+TASK_NAMES = (*COMMONSENSE_TASKS, *GLUE_TASKS)
 _COLUMN_KEYS = ("prompt_column", "input_column", "response_column")
 
 
@@ -42,14 +45,24 @@ def check_run(config: RunConfig, world_size: int) -> None:
     """
     _check_batch(config.training, world_size)
     _check_model(config.model)
-    _check_data(config.data)
+    if config.glue_task is not None:
+        check_glue(config.glue_task, config.data, config.training)
+    else:
+        _check_data(config.data)
+    if config.data.max_train_rows is not None and config.data.max_train_rows < 1:
+        raise UserError(f"max_train_rows is {config.data.max_train_rows}: give at least 1, or null for all rows")
     ranks_setting(config.adapter.adapter)
-    adapter = make_adapter_config(config.adapter)
+    adapter = make_adapter_config(config.adapter, config.task_type)
     _check_manifold(config.manifold)
     _check_backward_field(adapter, config)
-    _check_training(config.training, has_validation=bool(config.data.val_dataset or config.data.val_split))
+    _check_training(config.training, has_validation=has_validation(config))
     check_engine(config)
     _check_output(config.training)
+
+
+def has_validation(config: RunConfig) -> bool:
+    """Whether the run validates: GLUE's tasks have validation rows of their own."""
+    return bool(config.glue_task or config.data.val_dataset or config.data.val_split)
 
 
 def engine_of(training: PolarTrainingConfig) -> str:
@@ -115,8 +128,12 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in names) or any(folder.glob("checkpoint-*"))
 
 
-def make_adapter_config(arguments: AdapterArguments) -> Any:
-    """Return the PEFT config object that `arguments` describe, for a causal language model.
+def make_adapter_config(arguments: AdapterArguments, task_type: str = "CAUSAL_LM") -> Any:
+    """Return the PEFT config object that `arguments` describe.
+
+    Args:
+        arguments: peft_type and fields.
+        task_type: PEFT's name of what the model does: CAUSAL_LM or SEQ_CLS.
 
     Raises:
         UserError: unknown `peft_type`, unknown field, wrong type, or a value that the method refuses.
@@ -136,7 +153,7 @@ def make_adapter_config(arguments: AdapterArguments) -> Any:
     config_class = known[arguments.peft_type]
     hints = _hints(config_class)
     fields = {f.name for f in dataclasses.fields(config_class) if f.init}
-    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    values: dict[str, Any] = {"task_type": task_type}
     for key, value in arguments.fields().items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
@@ -201,8 +218,10 @@ def _check_model(model: ModelArguments) -> None:
 
 
 def _check_data(data: DataArguments) -> None:
-    if data.task:
-        find_task(data.task)
+    if data.task and data.task not in COMMONSENSE_TASKS:
+        near = difflib.get_close_matches(data.task, TASK_NAMES, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TASK_NAMES)}"
+        raise UserError(f"task {data.task!r} is unknown: {fix}")
     if not data.train_dataset:
         raise UserError("train_dataset is not set: give a .json, .jsonl or .parquet file or a hub name, or a task")
     check_source(data.train_dataset, "train_dataset")
@@ -212,8 +231,6 @@ def _check_data(data: DataArguments) -> None:
         check_source(data.val_dataset, "val_dataset")
     if data.val_split < 0 or (data.val_split >= 1 and data.val_split != int(data.val_split)):
         raise UserError(f"val_split is {data.val_split:g}: give a share below 1, a whole number of rows, or 0 for none")
-    if data.max_train_rows is not None and data.max_train_rows < 1:
-        raise UserError(f"max_train_rows is {data.max_train_rows}: give at least 1, or null for all rows")
     if data.task:
         own = [key for key in ("template", *_COLUMN_KEYS) if getattr(data, key)]
         own += ["dataset_format"] * (data.dataset_format != "auto")

@@ -30,6 +30,9 @@ from trl import SFTConfig
 from polar.commonsense import TASKS
 from polar.config_parser import RunParser
 from polar.errors import UserError
+from polar.glue import TASKS as GLUE_TASKS
+from polar.glue import GlueTask
+from polar.glue_settings import set_glue_defaults
 from polar.rank_file import adapter_settings
 from polar.run_checks import check_deepspeed, check_run
 
@@ -98,14 +101,15 @@ class DataArguments:
         default=None,
         metadata={
             "help": "boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy, arc_challenge or openbookqa: data, "
-            "prompt and response of that task, as lm-eval scores it. null: rows by columns and template."
+            "prompt and response of that task, as lm-eval scores it. cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte: "
+            "that task of GLUE, with a classification head. null: rows by columns and template."
         },
     )
     train_dataset: str | None = field(
         default=None,
         metadata={
             "help": "File (.json, .jsonl, .parquet) or hub data set, `name` or `name:config`. With a task: null is the "
-            "task's own, a file may also be in LLM-Adapters' packaging."
+            "task's own, a file may also be in LLM-Adapters' packaging; for GLUE a folder with train and dev files."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split of a hub data set; ignored for files."})
@@ -370,6 +374,16 @@ class RunConfig:
     recipe: str = field(default="", compare=False)
     """The file that the settings come from, and its variants, as `FILE + NAME`; empty without one."""
 
+    @property
+    def glue_task(self) -> GlueTask | None:
+        """The task of a GLUE run, which trains a classification head; None for a language model."""
+        return GLUE_TASKS.get(self.data.task or "")
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of what the model does."""
+        return "CAUSAL_LM" if self.glue_task is None else "SEQ_CLS"
+
     def validate(self, world_size: int) -> None:
         """Check everything that can be checked without loading weights; writes nothing.
 
@@ -453,6 +467,8 @@ def read_options(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
         given.setdefault("template", None)
     if task in TASKS and given.get("train_dataset") is None:
         given |= {"train_dataset": TASKS[task].source, "train_split": "train"}
+    if task in GLUE_TASKS:
+        set_glue_defaults(given, GLUE_TASKS[task])
     return given, parser.recipe
 
 

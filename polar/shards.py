@@ -154,7 +154,8 @@ def zero12_engine(model: nn.Module) -> Any:
     if module is None or not sharded:
         return None
     for candidate in gc.get_objects():
-        if isinstance(candidate, module.DeepSpeedZeroOptimizer) and any(
+        # By type: isinstance asks each object for its __class__, and some of torch's answer with a warning.
+        if issubclass(type(candidate), module.DeepSpeedZeroOptimizer) and any(
             id(parameter) in sharded for group in candidate.bit16_groups for parameter in group
         ):
             return candidate

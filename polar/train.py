@@ -72,14 +72,13 @@ def _run(argv: list[str]) -> None:
 
     from polar.build_model import build_model, load_tokenizer, plan_model
     from polar.checkpoint import run_identity
-    from polar.data import prepare
     from polar.run_ranks import compute_missing_ranks, find_ranks
     from polar.summary import describe_run, plan_steps
 
     find_ranks(config)
-    tokenizer = on_all_ranks(lambda: load_tokenizer(config.model))
+    tokenizer = on_all_ranks(lambda: load_tokenizer(config.model, needs_eos=config.glue_task is None))
     plan = on_all_ranks(lambda: plan_model(config))
-    data = on_all_ranks(lambda: prepare(config.data, tokenizer, training.max_length, training.seed))
+    data = on_all_ranks(lambda: _prepare_data(config, tokenizer))
     steps = plan_steps(config, len(data.train))
     identity = on_all_ranks(lambda: run_identity(config, data.report["fingerprint"]))
     checkpoint = from_main_process(lambda: _find_checkpoint(config, identity)) if training.resume else None
@@ -102,6 +101,17 @@ def _run(argv: list[str]) -> None:
         return
     trainer.finish()
     _close_folder(config, trainer)
+
+
+def _prepare_data(config: RunConfig, tokenizer: Any) -> Any:
+    training = config.training
+    if config.glue_task is not None:
+        from polar.glue_data import prepare_glue
+
+        return prepare_glue(config.data, config.glue_task, tokenizer, training.max_length)
+    from polar.data import prepare
+
+    return prepare(config.data, tokenizer, training.max_length, training.seed)
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -200,21 +210,26 @@ def _open_folder(config: RunConfig, data_report: dict[str, Any], checkpoint: Pat
 
 
 def _make_trainer(config: RunConfig, model: Any, tokenizer: Any, data: Any, identity: dict[str, Any]) -> Any:
-    from polar.trainer import PolarSFTTrainer
-
     manifold = {key: value for key, value in vars(config.manifold).items() if value is not None}
     second_moment = manifold.pop("second_moment")
-    return PolarSFTTrainer(
-        model=model,
-        args=config.training,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=tokenizer,
-        manifold=manifold,
-        second_moment=second_moment,
-        theta_learning_rate=config.training.theta_learning_rate,
-        run_identity=identity,
-    )
+    options = {
+        "model": model,
+        "args": config.training,
+        "train_dataset": data.train,
+        "eval_dataset": data.validation,
+        "processing_class": tokenizer,
+        "manifold": manifold,
+        "second_moment": second_moment,
+        "theta_learning_rate": config.training.theta_learning_rate,
+        "run_identity": identity,
+    }
+    if config.glue_task is not None:
+        from polar.glue_trainer import PolarGlueTrainer, about_run
+
+        return PolarGlueTrainer(task=config.glue_task, parts=data.parts, about=about_run(config, data), **options)
+    from polar.trainer import PolarSFTTrainer
+
+    return PolarSFTTrainer(**options)
 
 
 if __name__ == "__main__":

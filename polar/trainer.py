@@ -1,6 +1,7 @@
 """What polar adds to a Hugging Face Trainer: the manifold step, its metrics, and adapters saved whole.
 
-`AdapterTrainerMixin` goes in front of any Trainer; `PolarSFTTrainer` is the one for causal language models.
+`AdapterTrainerMixin` goes in front of any Trainer; `PolarSFTTrainer` is the one for causal language models,
+`polar.glue_trainer` has the one for GLUE.
 """
 
 from __future__ import annotations

@@ -173,3 +173,40 @@ def test_rows_that_are_not_of_the_task_are_counted(tmp_path: Path) -> None:
     done = prepare(data, small_tokenizers()["llama3"], None, seed=0)
     assert len(done.train) == 1
     assert "2 not a row of the task, or without a label (lines 2, 3)" in done.summary()
+
+
+TASKS_RECIPE = """
+num_train_epochs: 3
+seed: 1
+tasks:
+  boolq: {num_train_epochs: 5, learning_rate: 1e-3}
+  piqa: {learning_rate: 2e-3}
+variants:
+  short: {num_train_epochs: 1}
+"""
+
+
+def test_settings_of_a_task_come_between_the_recipe_and_its_variants(folder: Path) -> None:  # noqa: F811
+    boolq = recipe(TASKS_RECIPE, "--task", "boolq").training
+    assert (boolq.num_train_epochs, boolq.learning_rate, boolq.seed) == (5, 1e-3, 1)
+    assert recipe(TASKS_RECIPE, "--task", "piqa").training.num_train_epochs == 3
+    short = recipe(TASKS_RECIPE, "--task", "boolq", "--variant", "short").training
+    assert (short.num_train_epochs, short.learning_rate) == (1, 1e-3)
+    assert recipe(TASKS_RECIPE, "--task", "boolq", "--num_train_epochs", "9").training.num_train_epochs == 9
+    assert recipe("task: piqa\n" + TASKS_RECIPE).training.learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        (TASKS_RECIPE, [], "recipe.yaml has several tasks: choose one with --task: boolq, piqa"),
+        (TASKS_RECIPE, ["--task", "pika"], "recipe.yaml has no task 'pika': did you mean piqa? It has boolq, piqa"),
+        ("tasks: [piqa]\n", [], "recipe.yaml: tasks must map names to settings, found list"),
+        ("tasks: {piqa: {seeed: 1}}\n", [], "tasks.piqa: unknown key 'seeed'"),
+        ("tasks: {piqa: {variants: {}}}\n", [], "tasks.piqa.variants: tasks hold no variants"),
+    ],
+)
+def test_tasks_that_cannot_be(folder: Path, text: str, argv: list[str], expected: str) -> None:  # noqa: F811
+    with pytest.raises(UserError) as caught:
+        recipe(text, *argv)
+    assert expected in str(caught.value)

@@ -297,7 +297,10 @@ assert not torch.distributed.is_initialized()
 def test_every_shipped_recipe_is_valid(folder: Path, path: Path) -> None:
     given = yaml.safe_load(path.read_text())
     places = [token for key in (0, 2, 4) if BASE[key][2:] not in given for token in BASE[key : key + 2]]
-    config = parse_run(["--config", str(path), *places, "--model_name_or_path", "model", "--use_cpu"])
-    config.data.train_dataset = "rows.jsonl"  # the file that a recipe names may not be there
-    config.data.val_dataset = config.data.val_dataset and "rows.jsonl"
-    config.validate(world_size=1)
+    for task in given.get("tasks", [None]):
+        chosen = [] if task is None else ["--task", task, "--train_dataset", "nyu-mll/glue"]
+        config = parse_run(["--config", str(path), *places, *chosen, "--model_name_or_path", "model", "--use_cpu"])
+        if task is None:
+            config.data.train_dataset = "rows.jsonl"  # the file that a recipe names may not be there
+            config.data.val_dataset = config.data.val_dataset and "rows.jsonl"
+        config.validate(world_size=1)
