@@ -66,18 +66,25 @@ class Cluster:
         """What `scontrol show job` says: JobState, Restarts, NodeList, StartTime, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", str(job.number))))
 
+    def ended_state(self, job: Job) -> str | None:
+        """Return the state of a job that has ended, else None; lets a requeued job start without a wait."""
+        fields = self.fields(job)
+        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":  # SLURM lets a requeued job wait
+            self.run("scontrol", "update", f"JobId={job.number}", "StartTime=now", check=False)
+        return fields["JobState"] if fields["JobState"] in ENDED else None
+
     def wait_for_line(self, job: Job, pattern: str) -> str:
         """Return the first match of a regular expression in the job's log, once it is there."""
         return str(self._wait(job, lambda: re.search(pattern, job.log))[0])
 
     def wait_for_end(self, job: Job) -> str:
         """Return the state in which the job ends; a requeued one starts again at once."""
-        return str(self._wait(job, lambda: self._ended_state(job)))
+        return str(self._wait(job, lambda: self.ended_state(job)))
 
     def wait_for_restart(self, job: Job) -> None:
         """Wait until a requeued job runs again."""
-        self._wait(job, lambda: self._ended_state(job) or self.fields(job)["Restarts"] != "0")
-        self._wait(job, lambda: self._ended_state(job) or self.fields(job)["JobState"] == "RUNNING")
+        self._wait(job, lambda: self.ended_state(job) or self.fields(job)["Restarts"] != "0")
+        self._wait(job, lambda: self.ended_state(job) or self.fields(job)["JobState"] == "RUNNING")
 
     def ranks(self, job: Job) -> dict[int, int]:
         """Return the process of each rank of the job's training that lives now: rank to process id."""
@@ -98,12 +105,6 @@ class Cluster:
         """End what still runs."""
         for number in self.run("squeue", "--noheader", "--format=%A").split():
             self.run("scancel", number, check=False)
-
-    def _ended_state(self, job: Job) -> str | None:
-        fields = self.fields(job)
-        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":  # SLURM lets a requeued job wait
-            self.run("scontrol", "update", f"JobId={job.number}", "StartTime=now", check=False)
-        return fields["JobState"] if fields["JobState"] in ENDED else None
 
     def _wait(self, job: Job, condition):  # type: ignore[no-untyped-def]
         deadline = time.monotonic() + DEADLINE_S
