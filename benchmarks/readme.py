@@ -182,6 +182,24 @@ def resume_soak(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def slurm_preemption(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/slurm_preemption.py."""
+    same = "equal bit for bit to" if all(result["equal_bit_for_bit"].values()) else "NOT equal to"
+    ways = result["by_way"]
+    start, saved, lost = result["from_sbatch"], result["saved_after_s"], result["lost_s"]
+    return [
+        f"**{result['num_preemptions']} preemptions at random moments of one SLURM job** ({ways.get('usr2', 0)} by "
+        f"SIGUSR2, {ways.get('requeue', 0)} by `scontrol requeue`), {result['steps']} steps under ZeRO-3 on "
+        f"{result['nodes']} nodes of the local cluster: the end is {same} that of the undisturbed job (adapter, moments, "
+        f"all logs), and {result['steps_repeated']} steps were made twice. The stopped step was saved after "
+        f"{saved['median']:.1f} s ({saved['min']:.1f} to {saved['max']:.1f}); the first new step ended after "
+        f"{lost['median']:.0f} s ({lost['min']:.0f} to {lost['max']:.0f}), SLURM's own pause left out. From `sbatch` to "
+        f"the end of the first step: {start['to_the_first_step_s']:.0f} s (one run).",
+        "",
+        _how(result, f"On {result['cpu']}, {result['cpu_cores']} cores, load average {result['load_average'][0]}."),
+    ]
+
+
 def convergence(result: dict[str, Any]) -> list[str]:
     """Lines about benchmarks/convergence.py; its parts may come from different runs."""
     lines = []
@@ -219,6 +237,7 @@ SECTIONS = {
     "adaptive_ranks": adaptive_ranks,
     "convergence": convergence,
     "resume_soak": resume_soak,
+    "slurm_preemption": slurm_preemption,
 }
 
 
