@@ -190,11 +190,11 @@ def slurm_preemption(result: dict[str, Any]) -> list[str]:
     return [
         f"**{result['num_preemptions']} preemptions at random moments of one SLURM job** ({ways.get('usr2', 0)} by "
         f"SIGUSR2, {ways.get('requeue', 0)} by `scontrol requeue`), {result['steps']} steps under ZeRO-3 on "
-        f"{result['nodes']} nodes of the local cluster: the end is {same} that of the undisturbed job (adapter, moments, "
-        f"all logs), and {result['steps_repeated']} steps were made twice. The stopped step was saved after "
+        f"{result['nodes']} nodes of the local cluster: the end is {same} that of the undisturbed job (adapter, "
+        f"moments, all logs), and {result['steps_repeated']} steps were made twice. The stopped step was saved after "
         f"{saved['median']:.1f} s ({saved['min']:.1f} to {saved['max']:.1f}); the first new step ended after "
-        f"{lost['median']:.0f} s ({lost['min']:.0f} to {lost['max']:.0f}), SLURM's own pause left out. From `sbatch` to "
-        f"the end of the first step: {start['to_the_first_step_s']:.0f} s (one run).",
+        f"{lost['median']:.0f} s ({lost['min']:.0f} to {lost['max']:.0f}), SLURM's own pause left out. From `sbatch` "
+        f"to the end of the first step: {start['to_the_first_step_s']:.0f} s (one run).",
         "",
         _how(result, f"On {result['cpu']}, {result['cpu_cores']} cores, load average {result['load_average'][0]}."),
     ]

@@ -114,7 +114,7 @@ def preempt(cluster: Cluster, job: Job, draw: random.Random, seen: int) -> dict[
 
 def run_benchmark(cluster: Cluster, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run both jobs and return what was found."""
-    draw, num_steps = random.Random(args.seed), 5 * (args.preemptions + 4)
+    draw, num_steps = random.Random(args.seed), 10 * args.preemptions
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(p.row()) + "\n" for p in islice(problems(SEEN_KINDS, args.seed), ROWS)))
     arguments = settings(rows, num_steps)
