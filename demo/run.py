@@ -136,7 +136,7 @@ def share(result: dict[str, Any]) -> str:
     """Right answers of a result: count, and per cent with the standard error."""
     from polar_eval.report import share_with_error
 
-    strict = result["filters"]["strict"]
+    strict = result["columns"]["strict"]
     return f"{strict['num_correct']:4} of {result['num_problems']} right, {share_with_error(strict):>11} %"
 
 

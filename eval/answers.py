@@ -1,4 +1,4 @@
-"""Final answers of word problems: find the number in a text and compare numbers, not strings."""
+"""Final answers of word problems: find the number, or the letter, in a text; compare numbers, not strings."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ _MARKED_NUMBER = re.compile(
     rf"(?:####|\bthe answer is:?)(?:[ \t*_$({{\[\\]|\\boxed\{{|\\text\{{)*?({_NUMBER})", re.IGNORECASE
 )
 
+# AQuA: the letter of a choice, behind the mark, with or without brackets.
+_MARKED_LETTER = re.compile(
+    r"(?:####|\b[Tt]he (?:correct )?answer is:?|\b[Oo]ption)(?:[ \t*_$({\[\\]|\\boxed\{|\\text\{)*([A-E])\b"
+)
+_ANY_LETTER = re.compile("[A-E]")
+
 
 def marked_number(text: str) -> str | None:
     """Return the first number that follows "####" or "The answer is:", in canonical form; None without one."""
@@ -27,6 +33,18 @@ def last_number(text: str) -> str | None:
     """Return the last number in the text, in canonical form; None without one."""
     numbers = _ANY_NUMBER.findall(text)
     return canonical(numbers[-1]) if numbers else None
+
+
+def marked_letter(text: str) -> str | None:
+    """Return the letter A to E that follows "The answer is" (or "####", "option"); None without one."""
+    match = _MARKED_LETTER.search(text)
+    return match[1] if match else None
+
+
+def first_letter(text: str) -> str | None:
+    """Return the first capital A to E in the text: LLM-Adapters' rule, which also reads the A of "A train goes ..."."""
+    match = _ANY_LETTER.search(text)
+    return match[0] if match else None
 
 
 def to_number(text: str) -> Fraction | None:

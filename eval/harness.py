@@ -1,133 +1,108 @@
-"""The only file that imports lm-eval: one model class, the task loader, one evaluation."""
+"""Tasks and metrics: lm-eval, without its model loading, its caches and its talk."""
 
 from __future__ import annotations
 
+import random
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 import lm_eval.evaluator
+import numpy as np
 import torch
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
+from tqdm import tqdm
 
 from polar.errors import UserError
-from polar.pair_tokens import PairTokenizer
+from polar_eval.backend import Scorer
+from polar_eval.catalog import ScoringTask
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
-BOOTSTRAP_ITERATIONS = 1000  # any number above 0: the standard error of a mean is computed, not drawn
+BOOTSTRAP_ITERATIONS = 1000  # of metrics other than a mean, whose standard error is computed and not drawn
+
+# lm-eval 0.4.13 shows a bar of its own while it writes the prompts, which takes no time.
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 
-# lm-eval 0.4.13 asks git for the commit of the current folder; outside of a checkout git complains on the terminal.
-lm_eval.evaluator.get_git_commit_hash = lambda: None
+@lru_cache(maxsize=1)
+def stock_tasks() -> TaskManager:
+    """Return lm-eval's own tasks; it reads thousands of YAML files for this, which takes seconds."""
+    return TaskManager()
 
 
-class PromptModel(HFLM):
-    """lm-eval's transformers backend with the training's own tokenisation of prompts and no silent truncation."""
+class LoadedTask:
+    """One of our tasks, or a stock task or group of lm-eval.
 
-    def tok_batch_encode(
-        self,
-        strings: list[str],
-        padding_side: str = "left",
-        left_truncate_len: int | None = None,
-        truncation: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokenise prompts as `polar.data` does (BOS exactly once where the tokenizer has one), padded on the left.
+    Attributes:
+        tasks: lm-eval's task objects by name; several for a group.
+        groups: lm-eval's group objects by name.
+        name: of the task or group in lm-eval.
+    """
 
-        Returns:
-            input_ids and attention_mask, both (len(strings), longest) int64.
-        """
-        rows = PairTokenizer(self.tokenizer).encode_prompts(strings)
-        longest = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            input_ids[index, longest - len(row) :] = torch.tensor(row)
-            attention_mask[index, longest - len(row) :] = 1
-        return input_ids, attention_mask
+    def __init__(self, task: ScoringTask, template: str | None, data: str) -> None:
+        self.name = task.lm_eval_name
+        metadata = {"data": data, **({"template": template} if template else {})}
+        if task.stock:
+            manager = stock_tasks()
+        else:
+            manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False, metadata=metadata)
+        if self.name not in manager.all_tasks:
+            raise UserError(f"task {task.name!r}: lm-eval has no task of this name; `lm_eval ls tasks` lists them")
+        try:
+            loaded = manager.load([self.name])
+        except UserError:
+            raise
+        except Exception as error:  # a stock task's data set: offline, moved, a script that is no longer run
+            if not task.stock:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"task {task.name}: cannot load it ({type(error).__name__}: {reason})") from error
+        self.tasks: dict[str, Any] = loaded["tasks"]
+        self.groups: dict[str, Any] = loaded.get("groups", {})
 
-    def check_prompts(self, prompts: list[str], max_new_tokens: int) -> int:
-        """Return the longest prompt's number of tokens; raise where prompt and answer do not fit the model.
-
-        lm-eval would cut the beginning of such a prompt, that is, BOS and the instruction.
-        """
-        if not prompts:
+    def prepare(self, max_new_tokens: int | None, limit: int | None, seed: int) -> list[Any]:
+        """Set what the command line sets and return lm-eval's requests, whose `args` are texts and settings."""
+        requests = []
+        for task in self.tasks.values():
+            if task.config.output_type == "generate_until" and max_new_tokens is not None:
+                settings = {**(task.config.generation_kwargs or {})}
+                for alias in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+                    settings.pop(alias, None)
+                task.set_config("generation_kwargs", {**settings, "max_gen_toks": max_new_tokens})
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(seed=seed)
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+            requests += task.instances
+        if not requests:
             raise UserError("no problems to score; check --data and --limit")
-        longest = max(len(row) for row in PairTokenizer(self.tokenizer).encode_prompts(prompts))
-        if longest + max_new_tokens > self.max_length:
-            raise UserError(
-                f"max_new_tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model takes"
-                f" {self.max_length}; pass --max_new_tokens {max(self.max_length - longest, 1)} or less"
-            )
-        return longest
+        return requests
 
-    def check_adapter(self, folder: Path) -> None:
-        """Compare the adapter's file with what PEFT made of it, which is silent about layers that only one side has.
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """Generation settings of the (first) task that generates."""
+        for task in self.tasks.values():
+            if task.config.output_type == "generate_until":
+                return dict(task.config.generation_kwargs)
+        return None
 
-        Raises:
-            UserError: the base has other layers than the adapter was made for.
-        """
-        file, prefix = folder / "adapter_model.safetensors", getattr(self.model.base_model, "prefix", None)
-        if not file.is_file() or not prefix:  # prompt learning methods have no tensors in layers
-            return
-        with safe_open(file, framework="pt") as stream:
-            stored = {key for key in stream.keys() if f".{prefix}" in key}  # noqa: SIM118 (not a mapping)
-        loaded = {
-            key for key in get_peft_model_state_dict(self.model, save_embedding_layers=False) if f".{prefix}" in key
-        }
-        for found, verb in ((stored - loaded, "only the adapter has"), (loaded - stored, "only the base has")):
-            if found and stored & loaded:  # with no key in common PEFT has translated the names of an old file
-                raise UserError(
-                    f"the adapter was made for another base: {verb} {len(found)} of its tensors, e.g. {min(found)};"
-                    " pass the base it was trained on"
-                )
+    @property
+    def version(self) -> Any:
+        """Version of the (first) task's YAML."""
+        return next(iter(self.tasks.values())).VERSION
 
-    def canary(self, prompt: str) -> dict[str, float]:
-        """Run one prompt through base and adapter; raise where the adapter is not applied or the result is not finite.
-
-        Returns:
-            max_logit_change: largest absolute difference of the last token's logits.
-        """
-        input_ids, attention_mask = (part.to(self.device) for part in self.tok_batch_encode([prompt]))
-        with torch.no_grad():
-            adapted = self.model(input_ids, attention_mask=attention_mask).logits[0, -1].float()
-            with self.model.disable_adapter():
-                plain = self.model(input_ids, attention_mask=attention_mask).logits[0, -1].float()
-        if not torch.isfinite(adapted).all():
-            raise UserError("the adapted model gives logits that are not finite; try --dtype float32")
-        change = (adapted - plain).abs().max().item()
-        if change == 0.0:
-            raise UserError(
-                "base and adapter give the same logits: the adapter is not applied, or it was never trained;"
-                " the score would be the base's"
-            )
-        return {"max_logit_change": change}
-
-
-def load_task(name: str, template: str, data: str) -> Any:
-    """Return lm-eval's task object for one of the project's tasks, without scanning lm-eval's own thousands."""
-    manager = TaskManager(
-        include_path=str(TASKS_FOLDER), include_defaults=False, metadata={"template": template, "data": data}
-    )
-    return manager.load([name])["tasks"][name]
-
-
-def evaluate(model: PromptModel, task: Any, generation: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
-    """Run one task and return lm-eval's result with the samples."""
-    result = simple_evaluate(
-        model=model,
-        tasks=[task],
-        task_manager=TaskManager(include_defaults=False, include_path=str(TASKS_FOLDER)),
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
-        gen_kwargs=generation,
-        log_samples=True,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
-    assert result is not None, "lm-eval returns a result on process 0, and there is one process"
-    return dict(result)
+    def evaluate(self, scorer: Scorer, limit: int | None, seed: int) -> dict[str, Any]:
+        """Run the requests through the model and return lm-eval's results, with samples. Collective."""
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        found = lm_eval.evaluator.evaluate(
+            lm=scorer,
+            task_dict={"tasks": self.tasks, "groups": self.groups},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            log_samples=True,
+        )
+        assert found is not None, "every process is lm-eval's process 0"
+        return dict(found)

@@ -123,7 +123,7 @@ def _score_table(runs: Sequence[Run]) -> str:
     for result in _distinct_results(runs):
         if _is_glue(result):
             continue
-        strict, last = (result["filters"].get(name) for name in ("strict", "flexible"))
+        strict, last = (result["columns"].get(name) for name in ("strict", "flexible"))
         rows.append(
             [
                 result["model"],
@@ -174,11 +174,11 @@ def _distinct_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def share_with_error(summary: dict[str, Any] | None) -> str:
-    """A filter's exact match in per cent with its standard error, e.g. `84.0 ± 3.7`."""
+    """A column's value in per cent with its standard error, e.g. `84.0 ± 3.7`."""
     if summary is None:
         return ABSENT
     error = "" if summary["stderr"] is None else f" ± {100 * summary['stderr']:.1f}"
-    return f"{100 * summary['exact_match']:.1f}{error}"
+    return f"{100 * summary['value']:.1f}{error}"
 
 
 def _training_table(runs: Sequence[Run]) -> str:

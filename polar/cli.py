@@ -22,7 +22,7 @@ COMMANDS = {
         "spectra and subspaces of adapters or checkpoints, with plots",
     ),
     "ranks": ("polar.ranks", "plots", "choose adapter ranks from the spectra of a base model"),
-    "eval": ("polar_eval.score", "eval", "score an adapter with lm-eval"),
+    "eval": ("polar_eval.command", "eval", "score an adapter with lm-eval"),
     "report": ("polar_eval.report", "plots", "compare runs: tables and plots"),
 }
 TRAIN_HELP = "train an adapter; also: torchrun ... -m polar.train, deepspeed ... --module polar.train"

@@ -45,7 +45,7 @@ def test_printed_is_what_was_measured(demo, name: str) -> None:
     rows = [json.loads(line) for line in (out / FOLDERS[name] / "samples_gsm8k.jsonl").read_text().splitlines()]
     right = sum(re.findall(r"#### (\d+)", row["generation"])[:1] == [row["gold"]] for row in rows)
     assert len(rows) == 30
-    assert right == result(out, name)["filters"]["strict"]["num_correct"]
+    assert right == result(out, name)["columns"]["strict"]["num_correct"]
     assert f"{100 * right / 30:.1f} ±" in text and f"{100 * right / 30:.1f} ±" in (out / "report.md").read_text()
 
 
@@ -72,4 +72,4 @@ def test_base_can_do_what_it_was_taught(demo) -> None:
     """The base solves the kinds that it has seen and not the new one: what the adapter adds is new."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).float(), AutoTokenizer.from_pretrained(BASE)
     assert accuracy(model, tokenizer, list(islice(problems(SEEN_KINDS, seed=31), 40))) > 0.8
-    assert result(demo[0], "base")["filters"]["strict"]["exact_match"] < 0.2
+    assert result(demo[0], "base")["columns"]["strict"]["value"] < 0.2

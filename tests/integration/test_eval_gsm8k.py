@@ -18,8 +18,13 @@ from polar.data import prepare
 from polar.errors import UserError
 from polar.export import export_lora, export_merged
 from polar.run_config import DataArguments
-from polar_eval.harness import PromptModel, evaluate, load_task
-from polar_eval.score import add_arguments, run, score
+from polar_eval.backend import Scorer
+from polar_eval.catalog import TASKS
+from polar_eval.command import add_arguments, run
+from polar_eval.harness import LoadedTask
+from polar_eval.hf_backend import HFBackend
+from polar_eval.score import score
+from polar_eval.world import World
 from tests.shared_data import read_jsonl, shared_data
 from tests.tiny_models import linear_sizes, write_adapter
 
@@ -63,13 +68,13 @@ def test_command_scores_real_problems(
     assert ours["template"] == base["template"] == "question_answer"  # the run's own
     assert ours["canary"]["max_logit_change"] > 0 and base["canary"] is None
     assert ours["adapter"]["peft_type"] == "POLAR" and base["adapter"] is None
-    assert set(ours["filters"]) == {"strict", "flexible"} and ours["task_version"] == 1.0
+    assert set(ours["columns"]) == {"strict", "flexible"} and ours["task_version"] == 1.0
     samples, of_base = (read_jsonl(tmp_path / name / "samples_gsm8k.jsonl") for name in ("polar", "base"))
     rows = read_jsonl(problems)[:20]
     assert [sample["question"] for sample in samples] == [row["question"] for row in rows]
     assert [sample["gold"] for sample in samples] == [row["answer"].split("#### ")[1].replace(",", "") for row in rows]
     assert [sample["generation"] for sample in samples] != [sample["generation"] for sample in of_base]
-    for name, summary in ours["filters"].items():
+    for name, summary in ours["columns"].items():
         assert summary["num_correct"] == sum(sample[f"{name}_correct"] for sample in samples)
 
 
@@ -93,10 +98,12 @@ def test_generations_are_those_of_the_changed_weights_one_prompt_at_a_time(
 def test_scoring_prompt_is_the_training_prompt_token_by_token(problems: Path, tiny_gemma3: Path, template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_gemma3)
     trained = prepare(DataArguments(train_dataset=str(problems), template=template), tokenizer, 4096, seed=0).train
-    model = PromptModel(pretrained=str(tiny_gemma3), device="cpu", dtype="float32", batch_size=3)
-    docs = list(load_task("gsm8k_polar", template, str(problems)).eval_docs)
-    input_ids, attention_mask = model.tok_batch_encode([doc["prompt"] for doc in docs])
-    assert len(trained) == len(docs) == 24
+    backend = HFBackend(tiny_gemma3, None, dtype="float32")
+    requests = LoadedTask(TASKS["gsm8k"], template, str(problems)).prepare(None, None, seed=0)
+    scorer = Scorer(backend, World())
+    rows = scorer.tokens.encode_prompts([request.args[0] for request in requests])
+    input_ids, attention_mask = backend._padded_left(rows)
+    assert len(trained) == len(rows) == 24
     for row, ids, mask in zip(trained, input_ids, attention_mask, strict=True):
         start = row["completion_mask"].index(1)
         assert ids[mask == 1].tolist() == row["input_ids"][:start]
@@ -136,8 +143,9 @@ REPLIES = {
 def test_task_grades_known_replies(name: str) -> None:
     """All 660 problems through lm-eval's own filters and metrics."""
     reply, strict, flexible = REPLIES[name]
-    task = load_task("gsm8k_polar", "alpaca", str(shared_data("gsm8k") / "test.jsonl"))
-    found = evaluate(Scripted(reply), task, dict(task.config.generation_kwargs), None, seed=0)  # type: ignore[arg-type]
+    task = LoadedTask(TASKS["gsm8k"], "alpaca", str(shared_data("gsm8k") / "test.jsonl"))
+    assert len(task.prepare(None, None, seed=0)) == 660
+    found = task.evaluate(Scripted(reply), None, seed=0)  # type: ignore[arg-type]
     results = found["results"]["gsm8k_polar"]
     assert found["n-samples"]["gsm8k_polar"]["effective"] == 660
     assert results["exact_match,strict"] == pytest.approx(strict, abs=0.005)
@@ -270,4 +278,4 @@ def test_results_are_kept_unless_told_otherwise(
         with pytest.raises(UserError, match="replace its own source"):
             score(adapter[0], data=str(problems), out=out, overwrite=True)
     score(None, str(tiny_gemma3), data=str(problems), limit=1, max_new_tokens=4, out=tmp_path / "out", overwrite=True)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["filters"]["strict"]["stderr"] is None
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["columns"]["strict"]["stderr"] is None

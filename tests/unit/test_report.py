@@ -24,12 +24,12 @@ def report(folders: list[Path], out: Path, *options: str) -> Path:
 
 
 def result(adapter: str | None, share: float) -> dict:
-    strict = {"exact_match": share, "stderr": 0.0367, "num_correct": int(share * 100), "num_without_answer": 3}
-    flexible = {"exact_match": share, "stderr": None, "num_correct": int(share * 100), "num_without_answer": 0}
+    strict = {"value": share, "stderr": 0.0367, "num_correct": int(share * 100), "num_without_answer": 3}
+    flexible = {"value": share, "stderr": None, "num_correct": int(share * 100), "num_without_answer": 0}
     return {
         "task": "gsm8k_polar",
         "num_problems": 100,
-        "filters": {"strict": strict, "flexible": flexible},
+        "columns": {"strict": strict, "flexible": flexible},
         "adapter": None if adapter is None else {"peft_type": adapter, "folder": "x"},
         "base": "demo/base",
         "prompt_sha256": "0" * 64,
