@@ -24,6 +24,7 @@ bench: venv
 	@$(BIN)/python benchmarks/live_spectrum.py --steps 6 --runs 5 --out benchmarks/results/live_spectrum_cpu.json
 	@$(BIN)/python benchmarks/resume_soak.py --kills 20 --steps 200 --seed 0 --out benchmarks/results/resume_soak.json
 	@$(BIN)/python benchmarks/slurm_preemption.py --preemptions 20 --seed 0 --out benchmarks/results/slurm_preemption.json
+	@$(BIN)/python benchmarks/eval_throughput.py --problems 96 --runs 3 --out benchmarks/results/eval_throughput_cpu.json
 	@$(BIN)/python -m benchmarks.readme
 
 test-peft: venv

@@ -228,6 +228,36 @@ def live_spectrum(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def eval_throughput(result: dict[str, Any]) -> list[str]:
+    """Lines about benchmarks/eval_throughput.py."""
+    rates, faster = result["samples_per_s"], result["times_faster_than"]
+    runs = rates["score_s"]["ours"]["runs"]
+    lines = [
+        f"**Scoring**: {result['problems']} problems, answered greedily by the demo's base (fp32, {result['cpu']}, "
+        f"{result['threads']} thread), the same task and prompts; samples per second, median of {runs} processes that "
+        "alternate:",
+        "",
+        "| method | scoring (min to max) | scoring, by processor time | whole command | `polar eval` is faster by "
+        "(scoring, processor, whole) |",
+        "|---|---:|---:|---:|---|",
+    ]
+    names = {
+        "ours": "`polar eval`, batch size auto",
+        "lm_eval_batch_1": "`lm_eval`, its default batch size 1",
+        "lm_eval_batch_2": "`lm_eval`, batch size 2 as in the paper's scripts",
+    }
+    for method, name in names.items():
+        wall = rates["score_s"][method]
+        others = [f"{rates[clock][method]['median']:.2f}" for clock in ("score_cpu_s", "whole_s")]
+        ratios = ", ".join(f"{faster[clock][method]:.1f}x" for clock in faster) if method != "ours" else ""
+        spread = f"{wall['median']:.2f} ({wall['min']:.2f} to {wall['max']:.2f})"
+        lines.append(f"| {name} | {spread} | {others[0]} | {others[1]} | {ratios} |")
+    right = {count for counts in result["num_correct"].values() for count in counts}
+    same = f"All found {right.pop()} right answers" if len(right) == 1 else f"Right answers: {result['num_correct']}"
+    load = f"load average {min(result['load_average'])} to {max(result['load_average'])} on {result['cpu_cores']} cores"
+    return [*lines, "", _how(result, f"{same}. The machine was shared: {load}.")]
+
+
 SECTIONS = {
     "manifold_step": manifold_step,
     "manifold_step_distributed": manifold_step_distributed,
@@ -236,6 +266,7 @@ SECTIONS = {
     "live_spectrum": live_spectrum,
     "adaptive_ranks": adaptive_ranks,
     "convergence": convergence,
+    "eval_throughput": eval_throughput,
     "resume_soak": resume_soak,
     "slurm_preemption": slurm_preemption,
 }
