@@ -98,7 +98,7 @@ def _score_jobs(subject: Subject, jobs: Sequence[Job], options: ScoreOptions, wo
         scorer = Scorer(backend, world)
         canary = None
         if subject.adapter is not None:
-            prompt = scorer.tokens.encode_prompts([jobs[0].requests[0].args[0]])[0]
+            prompt = scorer.tokens.encode_prompts([jobs[0].requests[0].args[0]])[0][: backend.max_length]
             canary = on_all_ranks(lambda: backend.canary(prompt))
         load_time = time.perf_counter() - begin
         return [_score_job(subject, job, scorer, canary, load_time, options) for job in jobs]
