@@ -99,6 +99,8 @@ def preempt(cluster: Cluster, job: Job, draw: random.Random, seen: int) -> dict[
         cluster.run("scontrol", "requeue", str(job.number))
     saved = wait(cluster, job, lambda: job.log.count("\nstopped at step ") > stops)
     at_stop = len(steps(job))
+    ended = wait(cluster, job, lambda: cluster.fields(job)["JobState"] == "PENDING")
+    began = wait(cluster, job, lambda: cluster.fields(job)["JobState"] == "RUNNING")
     resumed = wait(cluster, job, lambda: len(steps(job)) > at_stop)
     result = {
         "way": way,
@@ -106,7 +108,9 @@ def preempt(cluster: Cluster, job: Job, draw: random.Random, seen: int) -> dict[
         "stopped_at_step": steps(job)[at_stop - 1],
         "resumed_with_step": steps(job)[at_stop],
         "saved_after_s": round(saved - begin, 2),
-        "lost_s": round(resumed - begin, 1),
+        "ended_after_s": round(ended - begin, 1),
+        "started_to_first_step_s": round(resumed - began, 1),
+        "lost_s": round((ended - begin) + (resumed - began), 1),
     }
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result

@@ -93,6 +93,7 @@ sbatch_line() { # NAME
 # In a job from SLURM, elsewhere from the options. Sets `with_srun` too.
 find_size() {
     with_srun=1
+    [ "$submit" = 1 ] || [ -z "$time${sbatch[*]}" ] || fail "--time and --sbatch are for sbatch: add --submit"
     if in_job; then
         local known=${SLURM_GPUS_ON_NODE:-}
         if [ "${nodes:-$SLURM_NNODES}" != "$SLURM_NNODES" ]; then
@@ -150,7 +151,8 @@ set_rendezvous() {
 # a name that nobody resolves would leave every node waiting for another.
 head_node() {
     local node
-    node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    node=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    node=${node%%$'\n'*}
     [ -n "$node" ] || fail "scontrol does not name the nodes of this job ($SLURM_JOB_NODELIST)"
     getent hosts "$node" >/dev/null || node=$(scontrol show node "$node" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
     echo "$node"

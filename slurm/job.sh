@@ -141,7 +141,7 @@ after_stop() {
         echo "$name: stopped by hand at step $step; the same command continues" >&2
     elif [ "$step" -le "$start_step" ]; then
         fail "stopped by $stopping before a step beyond $start_step was saved, and a requeue would end the same way: give the job more time, or a later signal (sbatch --signal=B:USR2@SECONDS)"
-    elif in_job && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+    elif in_job && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
         echo "$name: stopped by $stopping at step $step; job $SLURM_JOB_ID requeues itself" >&2
         trap '' USR2 TERM # sent to this shell by the requeue
         scontrol requeue "$SLURM_JOB_ID" || fail "scontrol requeue failed: submit the same command again, it continues"

@@ -8,8 +8,8 @@
 #
 # Options of up: --nodes N (2), --gpus_per_node N (4). Everything lives in $POLAR_SLURM_HOME (/tmp/polar-slurm); another
 # folder is another cluster beside it, with its own ports and job numbers. The GPUs are device files that nothing opens:
-# jobs run on the CPU. A requeued job waits 16 s instead of SLURM's 2 minutes (cred_expire), and not at all after
-# `scontrol update JobId=N StartTime=now`.
+# jobs run on the CPU. A requeued job waits 16 s instead of SLURM's 2 minutes (cred_expire), and less after
+# `scontrol update JobId=N StartTime=now`; not within a second, or messages of the old start end the new one.
 # Needs root, for munge, slurmd and mknod. Exit code 2, with the reason in one line, where it cannot run.
 set -euo pipefail
 

@@ -20,8 +20,6 @@ from tests.integration.commands import ROOT, environment
 TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "launchers").glob("*.sh"))}
 LAUNCHERS = [name for name, text in TEXTS.items() if "/slurm/job.sh" in text]
 TRAINERS = [name for name in LAUNCHERS if "train_job" in TEXTS[name]]
-if not (ROOT / "configs" / "glue_deberta_v3_base.yaml").exists():  # comes with GLUE
-    TRAINERS.remove("glue")
 
 
 def _launch(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -111,6 +109,7 @@ def test_in_a_job_nodes_and_processes_come_from_slurm() -> None:
         (["--container", "pyxis:image.sqsh"], "pyxis is a part of srun"),
         (["--recipe", "nothing"], "there is no recipe"),
         (["--time"], "--time needs a value"),
+        (["--time", "1:00:00"], "--time and --sbatch are for sbatch: add --submit"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(arguments: list[str], message: str | None, tmp_path: Path) -> None:

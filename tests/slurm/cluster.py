@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 DEADLINE_S = 240
+PAUSE_S = 5  # before a requeued job may start: SLURM takes a late message of the old start for one of the new start
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Cluster:
     """
 
     def __init__(self, home: Path) -> None:
+        self._paused: dict[tuple[int, str], float] = {}
         self.environment = {
             **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")},
             "SLURM_CONF": str(home / "slurm.conf"),
@@ -67,10 +69,12 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", str(job.number))))
 
     def ended_state(self, job: Job) -> str | None:
-        """Return the state of a job that has ended, else None; lets a requeued job start without a wait."""
+        """Return the state of a job that has ended, else None; shortens the pause of a requeued job."""
         fields = self.fields(job)
-        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":  # SLURM lets a requeued job wait
-            self.run("scontrol", "update", f"JobId={job.number}", "StartTime=now", check=False)
+        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
+            paused = self._paused.setdefault((job.number, fields["Restarts"]), time.monotonic())
+            if time.monotonic() - paused > PAUSE_S:
+                self.run("scontrol", "update", f"JobId={job.number}", "StartTime=now", check=False)
         return fields["JobState"] if fields["JobState"] in ENDED else None
 
     def wait_for_line(self, job: Job, pattern: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.slurm.cluster import Cluster, Job
 
-STEPS = 8
+STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,8 @@ class Jobs:
     """What the jobs of `jobs` were and how they ended."""
 
     whole: Job
-    requeued: Job
+    preempted: Job
     both_ran: bool
-    warned: Job
-    warned_restarts: int
     killed: Job
     seconds_to_fail: float
     states: dict[str, str]
@@ -35,7 +33,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, tiny_gemma3: Path, query_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """Pairs of jobs that share both nodes: one whole, one requeued; one short of time, one that loses a rank."""
+    """A whole and a preempted job side by side on both nodes, then one that loses a rank."""
     runs = tmp_path_factory.mktemp("runs")
     settings = [
         *("--variant", "tiny", "--model_name_or_path", str(tiny_gemma3), "--train_dataset", str(query_rows)),
@@ -46,27 +44,35 @@ def jobs(cluster: Cluster, tiny_gemma3: Path, query_rows: Path, tmp_path_factory
     def submit(name: str, *options: str) -> Job:
         return cluster.submit("metamath_gemma27b", *settings, *options, run=runs / name)
 
-    states = {}
-    requeued = submit("requeued", "--no_preflight")
+    # Warned 900 s ahead of a limit of 180 s: at once, which in SLURM means within 30 s.
+    preempted = submit("preempted", "--no_preflight", "--time", "3")
     whole = submit("whole")
-    cluster.wait_for_line(requeued, r"step +2/")
-    both_ran = cluster.fields(whole)["JobState"] == cluster.fields(requeued)["JobState"] == "RUNNING"
-    cluster.run("scontrol", "requeue", str(requeued.number))
-    states["whole"] = cluster.wait_for_end(whole)
-    # The launcher asks for a warning 900 s ahead of the limit: here it comes within SLURM's period of 30 s.
-    warned = submit("warned", "--no_preflight", "--time", "2")
-    states["requeued"] = cluster.wait_for_end(requeued)
-    cluster.wait_for_restart(warned)
-    cluster.run("scontrol", "update", f"JobId={warned.number}", "TimeLimit=60")
+    cluster.wait_for_line(preempted, r"step +1/|USR2: asking")
+    both_ran = cluster.fields(whole)["JobState"] == cluster.fields(preempted)["JobState"] == "RUNNING"
+    _hold_until_warned(cluster, preempted)
+    cluster.wait_for_restart(preempted)
+    cluster.run("scontrol", "update", f"JobId={preempted.number}", "TimeLimit=60")  # no further warning
+    cluster.wait_for_line(preempted, r"resuming from (?s:.*)step +\d+/")
+    cluster.run("scontrol", "requeue", str(preempted.number))
+    states = {"whole": cluster.wait_for_end(whole)}
     killed = submit("killed", "--no_preflight", "--max_steps", "1000")
-    cluster.wait_for_line(killed, r"step +2/")
+    cluster.wait_for_line(killed, r"step +1/")
     os.kill(cluster.ranks(killed)[1], signal.SIGKILL)
     start = time.monotonic()
     states["killed"] = cluster.wait_for_end(killed)
     seconds = time.monotonic() - start
-    states["warned"] = cluster.wait_for_end(warned)
-    restarts = int(cluster.fields(warned)["Restarts"])
-    return Jobs(whole, requeued, both_ran, warned, restarts, killed, seconds, states)
+    states["preempted"] = cluster.wait_for_end(preempted)
+    return Jobs(whole, preempted, both_ran, killed, seconds, states)
+
+
+def _hold_until_warned(cluster: Cluster, job: Job) -> None:
+    """On a fast machine the run would be over before SLURM's warning."""
+    held = list(cluster.ranks(job).values()) if "USR2: asking" not in job.log else []
+    for process in held:
+        os.kill(process, signal.SIGSTOP)
+    cluster.wait_for_line(job, "USR2: asking")
+    for process in held:
+        os.kill(process, signal.SIGCONT)
 
 
 def _assert_equal(run: Path, expected: Path) -> None:
@@ -94,23 +100,24 @@ def test_a_job_trains_on_both_nodes_after_a_preflight(jobs: Jobs) -> None:
 
 def test_two_jobs_at_once_on_the_same_nodes_do_not_meet(jobs: Jobs) -> None:
     assert jobs.both_ran
-    assert jobs.states["whole"] == jobs.states["requeued"] == "COMPLETED"
+    assert jobs.states["whole"] == jobs.states["preempted"] == "COMPLETED"
 
 
-def test_a_job_that_slurm_requeues_saves_and_ends_as_if_undisturbed(jobs: Jobs) -> None:
-    assert jobs.states["requeued"] == "COMPLETED"
-    assert re.search(r"stopped at step \d of 8 by SIGTERM", jobs.requeued.log)
-    assert "resuming from" in jobs.requeued.log  # in the same file: the log is appended to
-    assert json.loads((jobs.requeued.run / "done.json").read_text())["num_starts"] == 2
-    _assert_equal(jobs.requeued.run, jobs.whole.run)
+def test_a_job_short_of_time_saves_and_requeues_itself(jobs: Jobs) -> None:
+    assert re.search(r"stopped at step \d+ of 12 by the file of POLAR_STOP_FILE", jobs.preempted.log)
+    assert re.search(r"stopped by USR2 at step \d+; job \d+ requeues itself", jobs.preempted.log)
+    assert not list((jobs.preempted.run / "job").glob("stop.*"))  # nothing that a later start would take for a request
 
 
-def test_a_job_short_of_time_saves_requeues_itself_and_ends_as_if_undisturbed(jobs: Jobs) -> None:
-    assert jobs.states["warned"] == "COMPLETED"
-    assert jobs.warned_restarts >= 1
-    assert re.search(r"stopped by USR2 at step \d; job \d+ requeues itself", jobs.warned.log)
-    _assert_equal(jobs.warned.run, jobs.whole.run)
-    assert not list((jobs.warned.run / "job").glob("stop.*"))  # nothing that a later start would take for a request
+def test_a_job_that_slurm_requeues_saves_within_its_grace(jobs: Jobs) -> None:
+    assert re.search(r"stopped at step \d+ of 12 by SIGTERM", jobs.preempted.log)
+
+
+def test_a_job_preempted_in_both_ways_ends_as_if_undisturbed(jobs: Jobs) -> None:
+    assert jobs.states["preempted"] == "COMPLETED"
+    assert jobs.preempted.log.count("resuming from") == 2  # all starts in one log: it is appended to
+    assert json.loads((jobs.preempted.run / "done.json").read_text())["num_starts"] == 3
+    _assert_equal(jobs.preempted.run, jobs.whole.run)
 
 
 def test_a_killed_rank_ends_its_job_and_the_log_ends_with_host_and_reason(jobs: Jobs) -> None:

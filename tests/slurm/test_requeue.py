@@ -10,7 +10,7 @@ from tests.slurm.cluster import Cluster, Job
 
 # Waits for the stop file, leaves a checkpoint of the given step and ends. Arguments are those of torchrun.
 TRAINER = """#!/usr/bin/env bash
-case $1 in *monitor.py) exit ;; esac
+case $2 in *monitor.py) exit ;; esac
 trap : TERM
 for argument in "$@"; do if [ "$previous" = --output_dir ]; then run=$argument; fi; previous=$argument; done
 echo started
