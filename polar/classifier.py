@@ -7,10 +7,15 @@ classifier and score only; a pooler left out stays as it was drawn, and nobody w
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
@@ -55,14 +60,10 @@ def load_classifier(name: str, base_config: PreTrainedConfig, **options: Any) ->
     Raises:
         UserError: weights of the base are missing, or the files hold a head of another shape.
     """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_load_report)
-    try:
+    with without_load_report():
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name, config=base_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    finally:
-        logger.removeFilter(_is_no_load_report)
     head = set(head_modules(model))
     missing = sorted(key for key in loading["missing_keys"] if key.partition(".")[0] not in head)
     if missing:
@@ -78,9 +79,28 @@ def load_classifier(name: str, base_config: PreTrainedConfig, **options: Any) ->
     return model
 
 
-def _is_no_load_report(record: logging.LogRecord) -> bool:
-    """Leave out transformers' table of missing and surplus weights: `load_classifier` checks them."""
-    return "LOAD REPORT" not in str(record.msg)
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Leave out transformers' table of missing and surplus weights, where a head is known to be missing."""
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
+
+
+def num_labels_of(adapter: Path) -> int | None:
+    """Return the outputs of the head that is saved with an adapter; None where there is none."""
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
+            if re.search(r"\.(classifier|score)(\.out_proj)?\.weight$", key):
+                return int(file.get_slice(key).get_shape()[0])
+    return None
 
 
 def head_to_fp32(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ This holds for any X, Theta, Y: no SVD, nothing is lost but rounding.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -252,8 +253,16 @@ def compare_forward(base: BaseModel, lora: Path, adapter: Path | None) -> dict[s
     from peft import PeftModel
 
     import polar  # noqa: F401  registers POLAR with PEFT
+    from polar.classifier import num_labels_of, without_load_report
 
-    model = type(base.model).from_pretrained(base.folder, dtype=torch.float32).eval()
+    num_labels = num_labels_of(lora)
+
+    def load() -> Any:
+        options = {} if num_labels is None else {"num_labels": num_labels}
+        with without_load_report() if options else contextlib.nullcontext():
+            return type(base.model).from_pretrained(base.folder, dtype=torch.float32, **options).eval()
+
+    model = load()
     vocabulary = base.config.get_text_config().vocab_size
     input_ids = torch.randint(0, vocabulary, (1, CANARY_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
@@ -264,7 +273,7 @@ def compare_forward(base: BaseModel, lora: Path, adapter: Path | None) -> dict[s
         if adapter is not None:
             ours = PeftModel.from_pretrained(model, str(adapter)).eval()
             adapter_logits = ours(input_ids).logits
-            model = ours.unload()
+            model = ours.unload() if num_labels is None else load()  # peft 0.21.2 cannot unload a pooler
         lora_logits = PeftModel.from_pretrained(model, str(lora)).eval()(input_ids).logits
     change = (lora_logits - base_logits).abs().max().item()
     if change == 0.0:

@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import polar  # noqa: F401  registers POLAR
+from polar.export import export_lora
 from polar.glue import TASKS
 from tests.integration.commands import ROOT, environment, metrics
 from tests.integration.glue_worker import RUNS, STEPS_PER_EPOCH
@@ -183,6 +184,22 @@ def test_nothing_is_said_that_says_nothing(runs: Path) -> None:
             line for line in lines if "arning" in line or line.startswith("[transformers]") or "LOAD REPORT" in line
         ]
         assert not noise, name
+
+
+@pytest.mark.parametrize("name", ["one", "stsb", "mnli ZeRO-2"])
+def test_export_to_plain_lora_gives_the_same_outputs(runs: Path, name: str, tmp_path: Path) -> None:
+    """The head goes with it, whatever its number of outputs; loaded by stock PEFT on a base drawn from another seed."""
+    run = runs / name
+    forward = export_lora(run, tmp_path / "lora")["canary"]["forward"]
+    assert forward["max_difference_to_adapter"] < LOGIT_TOLERANCE
+    outputs = {"one": 2, "stsb": 1, "mnli ZeRO-2": 3}[name]
+    ids, logits = torch.arange(3, 40)[None], []
+    for seed, folder in enumerate((run / "adapter", tmp_path / "lora")):
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(runs / "base", num_labels=outputs)
+        with torch.no_grad():
+            logits.append(PeftModel.from_pretrained(base, folder).eval()(ids).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=LOGIT_TOLERANCE)
 
 
 def test_report_has_the_scores(runs: Path, tmp_path: Path) -> None:
