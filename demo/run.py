@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polar_eval.page import Code
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, DS_CONFIG, BASE = "configs/demo.yaml", "ds_configs/zero3.json", "demo/base"
@@ -140,30 +143,39 @@ def share(result: dict[str, Any]) -> str:
     return f"{strict['num_correct']:4} of {result['num_problems']} right, {share_with_error(strict):>11} %"
 
 
-def example(out: Path) -> str:
-    """One test problem with both answers, as Markdown: the first that the PoLAR adapter solved and the base did not."""
+def example(out: Path) -> list[Code]:
+    """One test problem with both answers: the first that the PoLAR adapter solved and the base did not."""
+    from polar_eval.page import Code
+
     texts = (out / "polar" / folder / "samples_gsm8k.jsonl" for folder in ("eval_gsm8k_base", "eval_gsm8k"))
     before, after = ([json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()] for text in texts)
     pairs = list(zip(before, after, strict=True))
     base, adapted = next((p for p in pairs if p[1]["strict_correct"] and not p[0]["strict_correct"]), pairs[0])
     blocks = [("Question", base["question"]), ("Base model", base["generation"]), ("With PoLAR", adapted["generation"])]
-    return "\n\n".join(f"{title}:\n\n```\n{text.strip()}\n```" for title, text in blocks)
+    return [Code(title, text.strip()) for title, text in blocks]
 
 
 def write_page(out: Path, stages: Stages) -> tuple[Path, dict[str, float]]:
     """Write the report; return its path and the median stable rank by method."""
-    from polar_eval.report import read_run, table, write_report
+    from polar_eval.page import Section, Table, Text
+    from polar_eval.read_runs import read_run
+    from polar_eval.report import write_report
 
     runs = [read_run(out / method) for method in METHODS]
-    times = table(["stage", "s"], [[title, f"{seconds:.0f}"] for title, seconds in stages.seconds.items()])
-    preface = (
+    text = (
         "A tiny Gemma-3 that was trained on one- and two-step word problems learns a three-step kind that it has not "
         f"seen, with PoLAR and with LoRA for the same number of steps, under ZeRO-3 with {NUM_PROCESSES} processes on "
         "the CPU. One run each, with one learning rate, of a toy: it shows that the whole path works, not which method "
-        f"is better.\n\n## One test problem\n\n{example(out)}\n\n## Wall time\n\n{times}"
+        "is better."
     )
+    times = Table(["stage", "s"], [[title, f"{seconds:.0f}"] for title, seconds in stages.seconds.items()])
+    preface = [
+        Section("What this is", [Text(text)]),
+        Section("One test problem", example(out)),
+        Section("Wall time", [times]),
+    ]
     page = write_report(runs, out, "Demo: a new kind of word problem", preface)
-    return page, {run.name: median(s.stable_rank for s in run.spectra) for run in runs}
+    return page.with_suffix(".html"), {run.name: median(run.stable_ranks) for run in runs}
 
 
 def summary(out: Path, page: Path, results: dict[str, dict[str, Any]], ranks: dict[str, float], seconds: float) -> str:
@@ -175,7 +187,7 @@ def summary(out: Path, page: Path, results: dict[str, dict[str, Any]], ranks: di
         lines.append(f"  {NAMES[name]:<12} {share(result)}{rank}")
     lines += [
         "",
-        f"  report    {page} (with plots beside it)",
+        f"  report    {page} (and report.md, plots beside it)",
         f"  adapter   {out / 'polar' / 'adapter'}; as plain LoRA, {size / 2**10:.0f} KiB: {out / 'polar_as_lora'}",
         f"  answers   {out / 'polar' / 'eval_gsm8k' / 'samples_gsm8k.jsonl'}",
         f"  total     {seconds:.0f} s without installation",

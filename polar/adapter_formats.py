@@ -121,9 +121,14 @@ def _base_label(name: str) -> str:
 
 def method_of(adapter: AdapterFile) -> str:
     """Return PoLAR, LoRA, rsLoRA or DoRA, for tables."""
-    if adapter.config["peft_type"] == "POLAR":
-        return "PoLAR"
-    return "DoRA" if adapter.config.get("use_dora") else "rsLoRA" if adapter.config.get("use_rslora") else "LoRA"
+    return method_name(adapter.config)
+
+
+def method_name(config: Mapping[str, Any]) -> str:
+    """Return the same from an adapter_config.json; of other methods, PEFT's name."""
+    if config["peft_type"] not in ("LORA", LORALIB):
+        return "PoLAR" if config["peft_type"] == "POLAR" else str(config["peft_type"])
+    return "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
 def _read_lora(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFile:

@@ -47,11 +47,21 @@ def colour_of(index: int) -> str:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, under another name first, so that a reader never sees half a picture; its folder is made."""
+    """Write a figure, under another name first, so that a reader never sees half a picture; its folder is made.
+
+    Args:
+        figure: what to save; it may be saved several times.
+        path: ends in .png, or in .svg: text stays text there, the background is the page's, and the same figure gives
+            the same bytes.
+    """
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}{INCOMPLETE}{os.getpid()}{path.suffix}")
+    options: dict[str, Any] = {"facecolor": "none", "metadata": {"Date": None}} if path.suffix == ".svg" else {}
     try:
-        figure.savefig(temporary)
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+            figure.savefig(temporary, **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from polar.rank_file import LAYER_NUMBER
 if TYPE_CHECKING:
     from polar.ranks import LayerMeasure
 
+Value = TypeVar("Value")
 MAX_CELL_TEXT = 32  # columns up to which a cell has room for its number
 
 
@@ -27,8 +28,8 @@ def plot_ranks(ranks: dict[str, Any], measures: Sequence[LayerMeasure], path: Pa
     """
     figure = new_figure(13, 8.5, dpi=110)
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
-    types = _by_type(measures)
-    _draw_rank_map(figure, top_left, ranks, types)
+    types = by_type({measure.size.name: measure for measure in measures})
+    draw_rank_map(figure, top_left, ranks)
     _draw_lines(top_right, types, lambda measure: measure.power_law.alpha, "alpha_hill (low: heavy tail)")
     _draw_lines(bottom_left, types, lambda measure: measure.num_spikes, "spikes above the Marchenko-Pastur edge")
     _draw_spectra(bottom_right, types)
@@ -42,26 +43,34 @@ def plot_ranks(ranks: dict[str, Any], measures: Sequence[LayerMeasure], path: Pa
     save_figure(figure, path)
 
 
-def _by_type(measures: Sequence[LayerMeasure]) -> dict[str, dict[int, LayerMeasure]]:
-    """Name without its layer number, shortened -> layer number -> measure; layers without a number count from 0."""
-    types: dict[str, dict[int, LayerMeasure]] = {}
-    for measure in measures:
-        match = LAYER_NUMBER.fullmatch(measure.size.name)
-        name, layer = (match[3].lstrip("."), int(match[2])) if match else (measure.size.name, 0)
+def by_type(layers: Mapping[str, Value]) -> dict[str, dict[int, Value]]:
+    """Sort what belongs to layers by their type and number.
+
+    Args:
+        layers: full name of the layer -> anything.
+
+    Returns:
+        Name without its layer number, shortened -> layer number -> the same; layers without a number count from 0.
+    """
+    types: dict[str, dict[int, Value]] = {}
+    for full_name, value in layers.items():
+        match = LAYER_NUMBER.fullmatch(full_name)
+        name, layer = (match[3].lstrip("."), int(match[2])) if match else (full_name, 0)
         short = name.removesuffix("_proj").rpartition(".")[2] if match else name.rpartition(".")[2]
         key = short
         while layer in types.get(key, {}):  # another module of the same ending, such as a second tower
             key = f"{key}'"
-        types.setdefault(key, {})[layer] = measure
+        types.setdefault(key, {})[layer] = value
     return types
 
 
-def _draw_rank_map(figure: Any, axes: Any, ranks: dict[str, Any], types: dict[str, dict[int, LayerMeasure]]) -> None:
+def draw_rank_map(figure: Any, axes: Any, ranks: dict[str, Any]) -> None:
+    """Draw the ranks of a rank file: a row per type of layer, a column per layer number."""
+    types = by_type({name: entry["r"] for name, entry in ranks["modules"].items()})
     layers = sorted({layer for found in types.values() for layer in found})
     values = torch.full((len(types), len(layers)), float("nan"))
     for row, found in enumerate(types.values()):
-        for layer, measure in found.items():
-            r = ranks["modules"][measure.size.name]["r"]
+        for layer, r in found.items():
             if r is not None:
                 values[row, layers.index(layer)] = r
     axes.set_facecolor("#e8e8e8")
@@ -70,7 +79,8 @@ def _draw_rank_map(figure: Any, axes: Any, ranks: dict[str, Any], types: dict[st
     low, high = image.get_clim()
     for row, column in values.isfinite().nonzero().tolist() if len(layers) <= MAX_CELL_TEXT else []:
         value = values[row, column].item()
-        colour = "black" if value > (low + high) / 2 else "white"
+        # Near black and white: a page in dark colours may turn the exact ones around.
+        colour = "#111111" if value > (low + high) / 2 else "#fdfdfd"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_yticks(range(len(types)), list(types))
     step = max(1, len(layers) // 12)

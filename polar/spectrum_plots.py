@@ -22,14 +22,26 @@ MAX_MAPS = 12
 
 
 def plot_stable_rank_boxes(series: Mapping[str, Sequence[float]], path: Path, ranks: Mapping[str, int]) -> None:
+    """Save `draw_stable_rank_boxes`."""
+    save_figure(draw_stable_rank_boxes(series, ranks), path)
+
+
+def draw_stable_rank_boxes(
+    series: Mapping[str, Sequence[float]],
+    ranks: Mapping[str, int],
+    width: float = 7,
+    row_height: float = 0.5,
+    colours: Mapping[str, str] | None = None,
+) -> Any:
     """Draw the stable ranks of each adapter's modules as a box (quartiles, median, whiskers to 1.5 IQR, outliers).
 
     Args:
         series: stable ranks of the modules, by adapter.
-        path: PNG.
         ranks: adapter rank r, the largest possible value, drawn as a dash.
+        width, row_height: of the figure and of each box's row, in inches.
+        colours: of the boxes; None: a colour each.
     """
-    figure = new_figure(7, 1.4 + 0.5 * len(series))
+    figure = new_figure(width, 1.4 + row_height * len(series))
     axes = figure.add_subplot()
     names = list(series)[::-1]  # the first adapter at the top
     boxes = axes.boxplot(
@@ -41,24 +53,32 @@ def plot_stable_rank_boxes(series: Mapping[str, Sequence[float]], path: Path, ra
         flierprops={"markersize": 3, "markeredgewidth": 0.6},
     )
     for index, box in enumerate(boxes["boxes"]):
-        box.set(facecolor=colour_of(len(names) - 1 - index), alpha=0.55, linewidth=0.8)
+        colour = colours[names[index]] if colours is not None else colour_of(len(names) - 1 - index)
+        box.set(facecolor=colour, alpha=0.55, linewidth=0.8)
     for position, name in enumerate(names, 1):
         axes.plot([ranks[name]] * 2, [position - 0.3, position + 0.3], color="black", linewidth=1.2, linestyle=":")
     axes.set_yticks(range(1, len(names) + 1), [_short(name) for name in names])
     axes.set_xlim(left=min(0.8, axes.get_xlim()[0]))
     axes.set(xlabel="stable rank of dW, one value per module (dotted: adapter rank r)")
     tidy(axes, "x")
-    save_figure(figure, path)
+    return figure
 
 
 def plot_stable_rank_evolution(series: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
+    """Save `draw_stable_rank_evolution`."""
+    save_figure(draw_stable_rank_evolution(series), path)
+
+
+def draw_stable_rank_evolution(
+    series: Mapping[str, Mapping[int, Sequence[float]]], width: float = 7, height: float = 4
+) -> Any:
     """Draw the median stable rank over training, with a band between the quartiles of the modules.
 
     Args:
         series: step -> stable ranks of the modules, by run.
-        path: PNG.
+        width, height: of the figure, in inches.
     """
-    figure = new_figure()
+    figure = new_figure(width, height)
     axes = figure.add_subplot()
     for index, (name, by_step) in enumerate(series.items()):
         steps = sorted(by_step)
@@ -70,7 +90,7 @@ def plot_stable_rank_evolution(series: Mapping[str, Mapping[int, Sequence[float]
     axes.locator_params(axis="x", integer=True)
     tidy(axes)
     axes.legend(frameon=False)
-    save_figure(figure, path)
+    return figure
 
 
 def plot_singular_values(series: Mapping[str, Sequence[Tensor]], path: Path) -> None:
