@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench test-peft test-slurm venv clean
+.PHONY: demo test lint bench test-peft test-page test-slurm venv clean
 
 demo: venv
 	@$(BIN)/python -m demo.run
@@ -26,6 +26,10 @@ bench: venv
 	@$(BIN)/python benchmarks/slurm_preemption.py --preemptions 20 --seed 0 --out benchmarks/results/slurm_preemption.json
 	@$(BIN)/python benchmarks/eval_throughput.py --problems 96 --runs 3 --out benchmarks/results/eval_throughput_cpu.json
 	@$(BIN)/python -m benchmarks.readme
+
+# The report's page in Debian's chromium: sorting, widths, pictures of it in build/page to look at.
+test-page: venv
+	@$(BIN)/python -m tests.browser.check_report
 
 test-peft: venv
 	@$(BIN)/python tests/peft_suite/run.py

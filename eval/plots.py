@@ -86,7 +86,7 @@ def module_type_figure(groups: Mapping[str, Sequence[Run]]) -> Any | None:
             if ranks:
                 axes.hlines(median(ranks), x - width / 2.5, x + width / 2.5, colour_of(index), linewidth=2.5)
     axes.set(ylabel="stable rank of dW")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     labels = [name.removesuffix("_proj") for name in types]
     axes.set_xticks(range(len(types)), labels, rotation=0 if max(map(len, labels)) < 6 else 30)
     return _finish(figure, axes)
@@ -123,7 +123,7 @@ def with_legend(figure: Any, axes: Any) -> Any:
         axes.legend(frameon=False)
     else:
         columns = max(1, min(len(labels), 60 // (longest + 6)))
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8, markerscale=1.4)
         figure.set_size_inches(figure.get_figwidth(), HEIGHT + 0.2 * (len(labels) // columns))
     return figure
 

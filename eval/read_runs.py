@@ -22,8 +22,8 @@ from polar.rank_file import read_rank_file
 from polar.run_folder import DONE, read_done
 from polar.run_ranks import RANKS_NAME
 from polar.spectrum import ModuleSpectrum, spectra_of
+from polar_eval.results import RESULT_NAME
 
-RESULT_NAME = "results.json"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "provenance.json")
 MAX_DEPTH = 5  # folders below a given one that are searched for runs
 REQUIRED = {"task", "columns", "adapter", "base", "num_problems"}  # of results.json, whose fields eval/results.py has

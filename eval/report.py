@@ -152,7 +152,7 @@ def _training_sections(runs: Sequence[Run]) -> list[Section]:
     if table is None:
         return []
     blocks: list[Block] = [table]
-    of = _of(len(runs), plots.MAX_CURVES)
+    of = _of(sum(bool(run.metrics) for run in runs), plots.MAX_CURVES)
     blocks += _plot("loss", f"Loss during training; dots: on the validation rows{of}", plots.loss_figure(runs))
     caption = f"Orthonormality error of the Stiefel factors{of}"
     blocks += _plot("orthonormality_error", caption, plots.orthonormality_figure(runs))

@@ -68,6 +68,15 @@ def test_export_is_plain_lora(demo) -> None:
         assert {key.split(".")[-2] for key in file.keys()} == {"lora_A", "lora_B"}  # noqa: SIM118
 
 
+def test_report_has_both_pages(demo) -> None:
+    out, text = demo
+    assert str(out / "report.html") in text
+    page = (out / "report.html").read_text()
+    for what in ("With PoLAR", "Wall time", "Mathematics", "GSM8K", "Stable rank", "<svg"):
+        assert what in page, what
+    assert "Not in this report" not in page
+
+
 def test_base_can_do_what_it_was_taught(demo) -> None:
     """The base solves the kinds that it has seen and not the new one: what the adapter adds is new."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).float(), AutoTokenizer.from_pretrained(BASE)
