@@ -136,8 +136,9 @@ def write_page(page: Page, folder: Path, name: str = "report") -> tuple[Path, Pa
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {}
     for plot in (block for section in page.sections for block in section.blocks if isinstance(block, Plot)):
-        for ending in ("png", "svg"):
-            save_figure(plot.figure, folder / f"{plot.name}.{ending}")
+        save_figure(plot.figure, folder / f"{plot.name}.png")
+        plot.figure.set_layout_engine("none")  # found by the first save; finding it again takes most of the time
+        save_figure(plot.figure, folder / f"{plot.name}.svg")
         drawings[plot.name] = inline_svg((folder / f"{plot.name}.svg").read_text(encoding="utf-8"), plot)
     write_text(folder / f"{name}.md", to_markdown(page))
     write_text(folder / f"{name}.html", to_html(page, drawings))

@@ -123,7 +123,8 @@ def with_legend(figure: Any, axes: Any) -> Any:
         axes.legend(frameon=False)
     else:
         columns = max(1, min(len(labels), 60 // (longest + 6)))
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8, markerscale=1.4)
+        look = {"frameon": False, "fontsize": 8, "markerscale": 1.4}
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, **look)
         figure.set_size_inches(figure.get_figwidth(), HEIGHT + 0.2 * (len(labels) // columns))
     return figure
 
