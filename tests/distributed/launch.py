@@ -16,6 +16,8 @@ def run_ranks(num_ranks: int, script: Path, *arguments: str, timeout_s: int = 24
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
+        # One ninja for all: another version of it takes operators that are built already for outdated.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         # gloo binds to the address of the host name by default, which a bare machine may not resolve
