@@ -10,7 +10,8 @@ from polar.glue_rows import find_file, validation_split
 from polar.rows import check_source, is_file_name
 
 if TYPE_CHECKING:
-    from polar.run_config import DataArguments, PolarTrainingConfig
+    from polar.run_config import DataArguments
+    from polar.training_config import PolarTrainingConfig
 
 # Settings of prompts, responses and their data sets, each with the one value that does nothing.
 _WITHOUT_EFFECT: dict[str, Any] = {

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
         DataArguments,
         ManifoldArguments,
         ModelArguments,
-        PolarTrainingConfig,
         RunConfig,
     )
+    from polar.training_config import PolarTrainingConfig
 
 TASK_NAMES = (*COMMONSENSE_TASKS, *GLUE_TASKS)
 _COLUMN_KEYS = ("prompt_column", "input_column", "response_column")

@@ -16,9 +16,9 @@ from polar.commonsense import TASKS
 from polar.errors import UserError
 from polar.rank_file import selected_ranks
 from polar.recipe import merge, split_recipe
-from polar.run_config import resolve_batch
 from polar.strict_yaml import load_yaml
 from polar.train import main
+from polar.training_config import resolve_batch
 from tests.integration.commands import ROOT, environment, metrics
 from tests.integration.recipe_bases import BASES, write_real_size, write_rows, write_tiny
 

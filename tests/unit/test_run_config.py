@@ -20,8 +20,8 @@ from polar.run_config import (
     ModelArguments,
     RunConfig,
     parse_run,
-    resolve_batch,
 )
+from polar.training_config import resolve_batch
 
 REPOSITORY = Path(__file__).parents[2]
 
