@@ -6,6 +6,7 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polar  # noqa: F401  registers POLAR
+from polar.spectrum import adapter_spectrum
 from tests.integration.commands import ROOT, deepspeed_train, metrics, python, torchrun_train, train
+from tests.integration.commands import polar as command
 
 # float32, the same rows in every step, sums over ranks in another order.
 LOSS_TOLERANCE = 1e-4
@@ -66,10 +69,10 @@ def runs(tmp_path_factory, tiny_gemma3, tiny_rows) -> dict[str, FinishedRun]:
 )
 def test_engines_train_the_same_model(runs, alone, engine) -> None:
     """Independent computation: the same run on one process without any collective."""
-    for key, count in (("loss", STEPS), ("eval_loss", 2), ("grad_norm", STEPS)):
+    for key, count in (("loss", STEPS), ("eval_loss", 2), ("grad_norm", STEPS), ("stable_rank", STEPS - 1)):
         expected, found = metrics(runs[alone].folder, key), metrics(runs[engine].folder, key)
         assert len(expected) == count
-        assert found == pytest.approx(expected, rel=LOSS_TOLERANCE)
+        assert found == pytest.approx(expected, rel=LOSS_TOLERANCE if key != "stable_rank" else 1e-2)
     one, other = (load_file(runs[n].folder / "adapter" / "adapter_model.safetensors") for n in (alone, engine))
     assert one.keys() == other.keys()
     for key, value in one.items():
@@ -118,6 +121,37 @@ def test_adapter_loads_and_acts(runs, tiny_gemma3) -> None:
         before = base(ids).logits.clone()
         after = PeftModel.from_pretrained(base, runs["zero3"].folder / "adapter")(ids).logits
     assert (after - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("engine", ["one", "zero3", "fsdp2"])
+def test_the_log_has_the_stable_rank_of_the_adapter_that_was_saved(runs, engine) -> None:
+    run = runs[engine].folder
+    saved = adapter_spectrum(run / f"checkpoint-{STEPS}")
+    assert metrics(run, "stable_rank")[-1] == pytest.approx(median(s.stable_rank for s in saved), rel=1e-4)
+
+
+def test_adapters_are_measured_truncated_and_added_by_the_commands(runs, tmp_path) -> None:
+    one, other = runs["one"].folder, runs["one, options"].folder
+    shown = command("spectrum", str(one), "--checkpoints", "--out", str(tmp_path / "spectrum")).stdout
+    assert "one step 7 " in shown and "one step 14 " in shown
+    assert (tmp_path / "spectrum" / "stable_rank_evolution.png").stat().st_size > 10_000
+    command("combine", str(one), str(other), "--weights", "1", "-1", "--out", str(tmp_path / "difference"))
+    shown = command("convert", str(tmp_path / "difference"), str(tmp_path / "small"), "--r", "2").stdout
+    assert "r = 2" in shown and "of norm(dW)_F" in shown
+    assert len(adapter_spectrum(tmp_path / "small")) == 6
+    failed = command(
+        "combine", str(one), str(tmp_path / "small"), "--r", "99", "--out", str(tmp_path / "new"), ok=False
+    )
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_a_run_starts_from_an_adapter_under_zero3(runs, tiny_gemma3, tiny_rows, tmp_path) -> None:
+    one = runs["one"].folder
+    settings = _settings(tiny_gemma3, tiny_rows, tmp_path / "next")
+    options = ("--adapter.init_from", str(one), "--deepspeed", "ds_configs/zero3.json", "--max_steps", "2")
+    deepspeed_train(*settings, *options, "--eval_on_start", "true")
+    best = json.loads((one / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["best_metric"]
+    assert metrics(tmp_path / "next", "eval_loss")[0] == pytest.approx(best, rel=LOSS_TOLERANCE)
 
 
 def test_run_folder_says_what_was_run(runs) -> None:
