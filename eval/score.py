@@ -16,13 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from polar.adapter_file import read_config
 from polar.base_checkpoint import resolve_base
 from polar.errors import UserError
 from polar.export import check_output, export_lora
 from polar.files import atomic_directory, write_json, write_text
 from polar.launch import from_main_process, on_all_ranks
 from polar.run_folder import installed_version
+from polar.upstream import holds_polar
 from polar_eval.catalog import ScoringTask, find_tasks
 from polar_eval.jobs import Job, ScoreOptions, Subject, prepare, settle
 from polar_eval.quiet import quiet
@@ -107,7 +107,7 @@ def _score_jobs(subject: Subject, jobs: Sequence[Job], options: ScoreOptions, wo
 def _load(subject: Subject, scratch: Path, options: ScoreOptions) -> Any:
     """Return the backend, with the adapter as plain LoRA if it is a PoLAR adapter."""
     lora = subject.adapter
-    if lora is not None and read_config(lora)["peft_type"] == "POLAR":
+    if lora is not None and holds_polar(lora):
         export_lora(lora, scratch / "lora", subject.base, canary=False)
         lora = scratch / "lora"
     folder = resolve_base(subject.base, weights=True)

@@ -6,7 +6,9 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from polar.convert import convert
 from polar.errors import UserError
 from polar.export import export_lora
 from polar.upstream import holds_polar
+from polar_eval import score
 from tests.tiny_models import write_adapter
 
 # Uneven: wide, tall, square; ranks that differ by module.
@@ -132,7 +135,9 @@ def test_energy_keeps_the_smallest_ranks_with_that_share(tmp_path: Path) -> None
 @pytest.mark.parametrize("parameterize", ["identity", "diagonal", "removal"])
 @pytest.mark.parametrize("scale_key", ["lora_S.parametrizations.weight.original", "lora_S.weight",
                                        "lora_S.default.parametrizations.weight.original"])  # fmt: skip
-def test_adapters_of_the_papers_code(tmp_path: Path, parameterize: str, scale_key: str) -> None:
+def test_adapters_of_the_papers_code(
+    tmp_path: Path, parameterize: str, scale_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its layer adds lora_alpha / r B P(S) A x; P leaves S, its diagonal or nothing of it."""
     torch.manual_seed(3)
     tensors, want = {}, {}
@@ -152,6 +157,11 @@ def test_adapters_of_the_papers_code(tmp_path: Path, parameterize: str, scale_ke
     assert holds_polar(tmp_path / "up") and holds_polar(tmp_path / "polar")
     write_lora(tmp_path / "plain", SIZES)
     assert not holds_polar(tmp_path / "plain")
+    exports = []
+    monkeypatch.setattr(score, "export_lora", lambda folder, *_, **__: exports.append(folder) or sys.exit())
+    with pytest.raises(SystemExit):
+        score._load(SimpleNamespace(adapter=tmp_path / "up", base="x"), tmp_path, None)
+    assert exports == [tmp_path / "up"]  # polar eval scores it as PoLAR, not as the LoRA that its config says
     assert json.loads((tmp_path / "polar" / "adapter_config.json").read_text())["dropout"] == 0.05
     export_lora(tmp_path / "up", tmp_path / "lora", canary=False)  # directly
     exported = read_any_adapter(tmp_path / "lora").modules
