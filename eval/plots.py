@@ -89,7 +89,7 @@ def module_type_figure(groups: Mapping[str, Sequence[Run]]) -> Any | None:
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     labels = [name.removesuffix("_proj") for name in types]
     axes.set_xticks(range(len(types)), labels, rotation=0 if max(map(len, labels)) < 6 else 30)
-    return _finish(figure, axes)
+    return _finish(figure, axes, inside=False)
 
 
 def rank_figure(ranks: dict[str, Any]) -> Any:
@@ -108,18 +108,18 @@ def _new_figure(width: float = WIDTH) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _finish(figure: Any, axes: Any) -> Any:
+def _finish(figure: Any, axes: Any, inside: bool = True) -> Any:
     tidy(axes)
-    return with_legend(figure, axes)
+    return with_legend(figure, axes, inside)
 
 
-def with_legend(figure: Any, axes: Any) -> Any:
-    """Return the figure with its legend: inside where it is small, else above."""
+def with_legend(figure: Any, axes: Any, inside: bool = True) -> Any:
+    """Return the figure with its legend: inside where that is allowed and it is small, else above."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels))
     if axes.get_legend() is not None:
         axes.get_legend().remove()
-    if len(labels) <= LEGEND_ROWS and longest <= 20:
+    if inside and len(labels) <= LEGEND_ROWS and longest <= 20:
         axes.legend(frameon=False)
     else:
         columns = max(1, min(len(labels), 60 // (longest + 6)))

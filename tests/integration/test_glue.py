@@ -203,9 +203,13 @@ def test_export_to_plain_lora_gives_the_same_outputs(runs: Path, name: str, tmp_
 
 
 def test_report_has_the_scores(runs: Path, tmp_path: Path) -> None:
-    from polar_eval.report import read_run, write_report
+    from polar_eval.read_runs import read_run
+    from polar_eval.report import write_report
 
     page = write_report([read_run(runs / name) for name in ("one", "stsb")], tmp_path).read_text()
     value, error = result(runs / "one")["columns"]["accuracy"].values()
-    assert f"| one adapter | rte | {DEV_ROWS} | accuracy {100 * value:.1f} ± {100 * error:.1f} |" in page
-    assert "| stsb adapter | stsb | 7 | pearson " in page
+    score = f"{100 * value:.1f} ± {100 * error:.1f}"
+    assert f"| one | base | glue_rte | accuracy * | {score} | {DEV_ROWS} |" in page
+    assert "| stsb | base | glue_stsb | pearson * | " in page
+    table = page.split("## GLUE\n")[1].split("## ")[0]
+    assert "STS-B (Pearson)" in table and f"| {score} |" in table
