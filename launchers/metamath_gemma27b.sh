@@ -11,6 +11,7 @@
 #
 #   bash launchers/metamath_gemma27b.sh --submit --output_dir runs/metamath_polar
 #   bash launchers/metamath_gemma27b.sh --submit --nodes 2 --gpus_per_node 8 --method lora --learning_rate 2e-4
+#   bash launchers/metamath_gemma27b.sh --submit --engine fsdp2 --output_dir runs/metamath_fsdp2
 #   sbatch launchers/metamath_gemma27b.sh --train_dataset MetaMathQA.jsonl       # in the checkout's folder
 #   bash launchers/metamath_gemma27b.sh --load_in_4bit true --method lora        # QLoRA on the GPUs of this machine
 
@@ -21,5 +22,5 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/slurm/job.sh" metamath_gemma27b
 
 recipe=$root/configs/metamathqa_gemma3_27b.yaml
-defaults="--deepspeed $root/ds_configs/zero3.json"
+[[ " $*" == *\ --engine[\ =]fsdp2* ]] || defaults=(--deepspeed "$root/ds_configs/zero3.json")
 train_job "$@"

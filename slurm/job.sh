@@ -11,19 +11,18 @@ name=$1 # a batch job is a copy with another name
 launcher=$root/launchers/$name.sh
 # shellcheck source=slurm/command.sh
 source "$root/slurm/command.sh"
-: "${defaults:=}" "${methods:=polar lora dora rslora}"
+defaults=() methods="polar lora dora rslora"
 
 # A training run. The launcher sets `recipe`; it may set `defaults`, options that the command line overrides, and
-# `methods`, the recipe itself and its variants for --method.
+# `methods`: what --method calls the recipe itself, then its variants.
 train_job() {
     prepare "$@"
     [ -f "$recipe" ] || fail "there is no recipe $recipe"
     local task
     task=$(value_of task '')
     run=$(realpath -m "${output_dir:-runs/$name${task:+_$task}_$method}")
-    if [ "$method" != "${methods%% *}" ]; then defaults+=" --variant $method"; fi
-    # shellcheck disable=SC2206
-    arguments=(--config "$recipe" $defaults "${arguments[@]}" --output_dir "$run" "$(take_up)")
+    if [ "$method" != "${methods%% *}" ]; then defaults+=(--variant "$method"); fi
+    arguments=(--config "$recipe" "${defaults[@]}" "${arguments[@]}" --output_dir "$run" "$(take_up)")
     check_batch
     set_on_nodes
     check=("${on_nodes[@]}" "${torchrun[@]}" -m polar.preflight "${arguments[@]}")

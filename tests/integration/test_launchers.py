@@ -87,6 +87,11 @@ def test_the_27b_job_has_the_papers_batch_on_its_own_nodes() -> None:
     assert values["global_batch_size"] == 4 * 4 * values["per_device_train_batch_size"] * 4
 
 
+def test_the_27b_job_shards_its_base_by_zero3_or_as_told() -> None:
+    assert _after(_commands("metamath_gemma27b")[-1], "--deepspeed") == str(ROOT / "ds_configs" / "zero3.json")
+    assert "--deepspeed" not in _commands("metamath_gemma27b", "--engine", "fsdp2")[-1]
+
+
 def test_in_a_job_nodes_and_processes_come_from_slurm() -> None:
     job = {"SLURM_JOB_ID": "30007", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "64"}
     done = _launch("metamath_gemma27b", "--dry_run", "--nodes", "2", **job)
