@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from polar.adapter_file import WEIGHTS_NAME, find_adapter, read_config
+from polar.adapter_file import WEIGHTS_NAME, AdapterFile, find_adapter, read_config
 from polar.adapter_formats import method_name, read_any_adapter
 from polar.checkpoint import list_checkpoints, step_of
 from polar.errors import UserError
@@ -196,7 +196,8 @@ def read_run(folder: Path, problems: list[str] | None = None, name: str | None =
     ranks = None
     if (folder / RANKS_NAME).is_file():
         ranks = _or_line(lambda: read_rank_file(folder / RANKS_NAME), problems)
-    spectra = _or_line(lambda: _spectra(adapter, config), problems) or []
+    factors = _or_line(lambda: _factors(adapter, config), problems)
+    spectra = spectra_of(factors) if factors is not None else []
     done = read_done(folder) or {}
     weights = adapter / WEIGHTS_NAME
     return Run(
@@ -205,7 +206,7 @@ def read_run(folder: Path, problems: list[str] | None = None, name: str | None =
         config=settings,
         metrics=_read_jsonl(folder / "metrics.jsonl", problems),
         adapter=config,
-        method=_method(config, settings, ranks),
+        method=_method(config if factors is None else factors.config, settings, ranks),
         spectra=spectra,
         checkpoint_spectra=_checkpoint_spectra(folder, spectra, done, problems),
         num_parameters=_or_line(lambda: _num_parameters(weights), problems),
@@ -237,8 +238,9 @@ def _method(adapter: dict[str, Any], settings: dict[str, Any], ranks: dict[str, 
     return method_name(adapter) + ("-AR" if ranks else "") + bits
 
 
-def _spectra(adapter: Path, config: dict[str, Any]) -> list[ModuleSpectrum]:
-    return spectra_of(read_any_adapter(adapter)) if config["peft_type"] in ("POLAR", "LORA") else []
+def _factors(adapter: Path, config: dict[str, Any]) -> AdapterFile | None:
+    """Read a low-rank adapter, with the config of the method that it is: the paper's own say LORA; None of others."""
+    return read_any_adapter(adapter) if config["peft_type"] in ("POLAR", "LORA") else None
 
 
 def _checkpoint_spectra(
@@ -246,9 +248,9 @@ def _checkpoint_spectra(
 ) -> dict[int, list[ModuleSpectrum]]:
     by_step = {}
     for checkpoint in list_checkpoints(folder):
-        spectra = _or_line(lambda at=checkpoint: _spectra(at, read_config(at)), problems)  # type: ignore[misc]
-        if spectra:
-            by_step[step_of(checkpoint)] = spectra
+        factors = _or_line(lambda at=checkpoint: _factors(at, read_config(at)), problems)  # type: ignore[misc]
+        if factors is not None:
+            by_step[step_of(checkpoint)] = spectra_of(factors)
     if by_step and final and isinstance(done.get("adapter_step"), int):
         by_step.setdefault(done["adapter_step"], final)
     return dict(sorted(by_step.items()))

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from polar import cli
 from polar.errors import UserError
@@ -191,6 +193,22 @@ def test_scores_find_their_run_and_each_folder_is_read_once(sweep, tmp_path) -> 
     assert len(both.runs) == len(VALUES)
     alone = read_results([sweep / "polar_boolq_0" / "eval_boolq"])
     assert [(one.name, len(one.results)) for one in alone.runs] == [("polar_boolq_0", 1)]
+
+
+def test_the_papers_own_checkpoint_is_polar(tmp_path) -> None:
+    """Its config says LORA; a lora_S among the tensors is Theta. Scored in its folder, without a run."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "parameterize_S": "identity"}
+    stem = "base_model.model.model.layers.0.q_proj"
+    tensors = {
+        f"{stem}.lora_B.weight": torch.eye(12, 4),
+        f"{stem}.lora_A.weight": torch.eye(4, 10),
+        f"{stem}.lora_S.weight": torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.5])),
+    }
+    write_score(tmp_path / "eval_boolq", "boolq", 0.9, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (only,) = read_results([tmp_path]).runs
+    assert (only.method, only.r, only.stable_ranks) == ("PoLAR", "4", [pytest.approx(3.25)])
 
 
 def test_what_cannot_be_read_is_a_line_each(tmp_path) -> None:
