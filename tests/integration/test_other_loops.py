@@ -245,6 +245,7 @@ def test_accelerate_with_accumulation_and_bf16_autocast(tiny_gemma3: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")  # advice for large data
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")  # a hint where SLURM is installed
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")  # lightning 2.6.6 on torch 2.13
 def test_lightning_with_accumulation_and_clipping(tiny_gemma3: Path, tmp_path: Path) -> None:
     """Automatic optimization calls `step(closure)`, and backward and clipping happen inside of the closure."""
