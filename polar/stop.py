@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ class StopRequest(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn signals into requests while the block runs; only the main thread of a process can."""
+        """Turn signals into requests while the block runs; in a thread, where Python takes no handlers, files alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         owner = os.getpid()
 
         def note(number: int, _: Any) -> None:
@@ -94,7 +98,7 @@ class StopRequest(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def honoured(self) -> None:
-        """Delete the file in the run's folder, which has done its work. On the main process."""
+        """Delete the file in the run's folder, so that it does not stop the next start. On the main process."""
         self.file.unlink(missing_ok=True)
 
     def _asked(self, is_main_process: bool) -> int:

@@ -140,6 +140,7 @@ def _close_folder(config: RunConfig, trainer: Any) -> None:
 
     outcome = {**trainer.outcome(), "engine": engine_name(config)}
     if rank() == 0:
+        trainer.stop.honoured()  # asked too late to stop anything
         write_json(Path(config.training.output_dir) / DONE, outcome)
         print(f"adapter of step {trainer.adapter_step}: {trainer.adapter_folder}", flush=True)
 

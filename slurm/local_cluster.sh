@@ -6,14 +6,14 @@
 #   slurm/local_cluster.sh status      # what runs; exit code 1 if it is not up
 #   slurm/local_cluster.sh down        # ends jobs and daemons of this cluster, no others
 #
-# Options of up: --nodes N (2), --gpus_per_node N (4). Everything lives in $POLAR_SLURM_HOME (/tmp/polar-slurm); another
+# Options of up: --nodes N (2), --gpus_per_node N (4). Everything lives in $POLAR_SLURM_HOME (polar-slurm in $TMPDIR); another
 # folder is another cluster beside it, with its own ports and job numbers. The GPUs are device files that nothing opens:
 # jobs run on the CPU. A requeued job waits 16 s instead of SLURM's 2 minutes (cred_expire), and less after
 # `scontrol update JobId=N StartTime=now`; not within a second, or messages of the old start end the new one.
 # Needs root, for munge, slurmd and mknod. Exit code 2, with the reason in one line, where it cannot run.
 set -euo pipefail
 
-home=${POLAR_SLURM_HOME:-/tmp/polar-slurm}
+home=${POLAR_SLURM_HOME:-${TMPDIR:-/tmp}/polar-slurm}
 packages=(munge slurmctld slurmd slurm-client)
 
 fail() {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def test_stop_file_stops_and_resumes_bit_for_bit(
     done = json.loads((run / "done.json").read_text())
     assert (done["step"], done["num_starts"]) == (STEPS, 2)
     assert done["train_time_s"] > 0
+
+
+def test_stop_at_the_last_step_comes_too_late_and_stops_no_later_start(
+    one: Path, settings: list[str], tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread of its own, where Python allows no signal handlers: the file works all the same."""
+    run = tmp_path / "run"
+    _touch_after(STEPS, run / "stop", monkeypatch)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(main, [*settings, "--output_dir", str(run)]).result() == 0
+    assert "stopped at" not in capfd.readouterr().out
+    assert not (run / "stop").exists()
+    _assert_equal(run, one)
 
 
 def test_stop_at_the_end_of_an_epoch_that_is_evaluated(
