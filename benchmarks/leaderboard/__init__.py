@@ -1,0 +1,1 @@
+"""PoLAR in `method_comparison/MetaMathQA`, where PEFT compares its methods; `README.md` has the reasons."""
