@@ -11,7 +11,7 @@ Exit code: 0 all experiments have a result; 1 one of them has none (or something
 requirement is not met.
 
 Usage: python -m benchmarks.leaderboard --peft CHECKOUT [--experiment NAME ...] [--also METHOD/NAME ...] [--out FILE]
-       python -m benchmarks.leaderboard --dry_run [--experiment NAME ...] [--model FOLDER] [--data FILE] [--steps 30]
+       python -m benchmarks.leaderboard --dry_run [--experiment NAME ...] [--model FOLDER] [--data FILE] [--steps 20]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.leaderboard import checks
 from benchmarks.leaderboard.folders import EXPERIMENTS, FOLDER, METHOD
-from benchmarks.leaderboard.suite import Suite, is_ours, measured, read_json
+from benchmarks.leaderboard.suite import Suite, is_ours, measured, read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE_COLUMNS = {
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="on the CPU with a tiny model")
     parser.add_argument("--model", default=str(ROOT / "demo" / "base"), help="dry run: base model (the demo's)")
     parser.add_argument("--data", help="dry run: rows with query and response or question and answer (generated)")
-    parser.add_argument("--steps", type=int, default=30, help="dry run: optimizer steps (30)")
+    parser.add_argument("--steps", type=int, default=20, help="dry run: optimizer steps (20)")
     arguments = parser.parse_args(argv)
     if not arguments.dry_run and arguments.peft is None:
         parser.error("--peft CHECKOUT is missing: git clone https://github.com/huggingface/peft, or use --dry_run")
@@ -89,7 +89,8 @@ def run_suite(suite: Suite, ours: Sequence[str], also: Sequence[str]) -> tuple[l
     experiments = [f"{METHOD}/{name}" for name in ours] + list(dict.fromkeys(also))
     if not unmet:
         folder = suite.folder / "experiments"
-        unmet = [f"--also {e}: the suite has no such experiment in {folder}" for e in also if not (folder / e).is_dir()]
+        known = {str(path.relative_to(folder)) for path in folder.glob("*/*")}
+        unmet = [f"--also {e}: the suite has no METHOD/NAME of this name in {folder}" for e in also if e not in known]
     pending = [] if unmet else [e for e in experiments if suite.finished(e) is None]
     if pending:
         unmet += checks.unmet_by_state(suite, pending) + checks.unmet_by_python()
@@ -129,8 +130,9 @@ def run_one(suite: Suite, experiment: str, skip: bool) -> tuple[dict[str, Any], 
         if is_ours(experiment):
             suite.place(experiment)
         code, path, skip = suite.run(experiment)
-    if path is not None:
-        values = measured(read_json(path))
+    result = None if path is None else read_result(path)
+    if result is not None:
+        values = measured(result)
     else:
         values = {"status": "not run: interrupted" if code is None else f"crashed, exit code {code}"}
     command = None if code is None else shlex.join(["python", *suite.command(experiment)[1:]])

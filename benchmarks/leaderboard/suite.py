@@ -88,10 +88,10 @@ class Suite:
         """
         places = dict.fromkeys([self.results_folder, *(() if is_ours(experiment) else (COUNTED,))])
         for path in sorted(self._results(experiment, *places), key=lambda file: file.stat().st_mtime, reverse=True):
-            result = read_json(path)
-            if result["train_info"]["status"] == "success" and (
-                not is_ours(experiment) or self._has_settings_of_today(experiment, result["run_info"])
-            ):
+            result = read_result(path)
+            if result is None or result["train_info"]["status"] != "success":
+                continue
+            if not is_ours(experiment) or self._has_settings_of_today(experiment, result["run_info"]):
                 return path
         return None
 
@@ -141,6 +141,15 @@ def is_ours(experiment: str) -> bool:
 def read_json(path: Path) -> Any:
     """Read one JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Read a result file; None for one that a killed run left half-written."""
+    try:
+        result: dict[str, Any] = read_json(path)
+    except json.JSONDecodeError:
+        return None
+    return result
 
 
 def measured(result: dict[str, Any]) -> dict[str, Any]:

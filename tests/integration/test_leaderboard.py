@@ -177,8 +177,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 def test_what_is_not_met_is_listed_with_the_fix(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = refused(capsys, "--peft", str(checkout.parent / "nowhere"))
     assert len(nowhere) == 1 and "git clone https://github.com/huggingface/peft" in nowhere[0]
-    other = refused(capsys, "--peft", str(ROOT))  # a checkout of something else
+    something_else = checkout.parent / "other"
+    something_else.mkdir()
+    git(something_else, "init")
+    other = refused(capsys, "--peft", str(something_else))
     assert len(other) == 1 and "has no method_comparison/MetaMathQA/run.py" in other[0]
+    unknown = refused(capsys, "--peft", str(checkout), "--also", LORA, "lora")
+    assert len(unknown) == 1 and "--also lora: the suite has no METHOD/NAME of this name" in unknown[0]
     changed = checkout / PLACE / "data.py"
     changed.write_text("# changed\n")
     write_experiment(checkout / PLACE / "experiments" / OURS, {"seed": 1})
@@ -216,12 +221,14 @@ def test_runs_collect_into_one_table_and_are_not_repeated(
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
     assert written["peft"] == {"branch": "main", "commit": head, "dirty": False}
     assert [record["exit_code"] for record in written["experiments"]] == [None, None]
-    # A result with other settings than today's, or of another branch, does not count.
+    # A result with other settings than today's, or cut short, or of another branch does not count.
     result = checkout / PLACE / "results" / f"polar--{NAME}.json"
     assert suite.finished(OURS) == result
     content = json.loads(result.read_text())
     content["run_info"]["train_config"]["optimizer_kwargs"]["lr"] = 1.0
     result.write_text(json.dumps(content))
+    assert suite.finished(OURS) is None
+    result.write_text(json.dumps(content)[:100])  # killed while it was written
     assert suite.finished(OURS) is None
     git(checkout, "checkout", "-b", "other")
     assert suite.results_folder == "temporary_results" and suite.finished(LORA) is not None
