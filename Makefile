@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench test-peft test-page test-slurm venv clean
+.PHONY: demo test lint bench test-peft test-page test-slurm test-container venv clean
 
 demo: venv
 	@$(BIN)/python -m demo.run
@@ -37,6 +37,10 @@ test-peft: venv
 # A SLURM of two nodes on this machine; needs root and Debian's packages, and says so where it cannot run.
 test-slurm: venv
 	@bash .ci/slurm
+
+# Both images on CPU bases and what runs in them; needs root and Debian's packages, and says so where it cannot run.
+test-container: venv
+	@bash .ci/container
 
 venv:
 	@PYTHON=$(PYTHON) bash .ci/venv

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from polar_eval.page import Code
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG, DS_CONFIG, BASE = "configs/demo.yaml", "ds_configs/zero3.json", "demo/base"
+CONFIG, DS_CONFIG = "configs/demo.yaml", "ds_configs/zero3.json"
 TEMPLATE = "question_answer"
 NUM_PROCESSES = 2
 MAX_NEW_TOKENS = 112  # the longest solution has 75 tokens
@@ -70,7 +70,7 @@ def make_data(folder: Path, num_train: int, num_test: int, seed: int) -> str:
     return parts[2][0].question
 
 
-def train(method: str, out: Path, extra: list[str]) -> None:
+def train(method: str, base: str, out: Path, extra: list[str]) -> None:
     """Run the training command on two processes; show its steps, keep everything in a log.
 
     Raises:
@@ -79,6 +79,7 @@ def train(method: str, out: Path, extra: list[str]) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(NUM_PROCESSES)),
         *("-m", "polar.train", "--config", CONFIG, "--deepspeed", DS_CONFIG, "--overwrite"),
+        *("--model_name_or_path", base),
         *("--train_dataset", str(out / "data" / "train.jsonl"), "--val_dataset", str(out / "data" / "val.jsonl")),
         *("--output_dir", str(out / method), *METHODS[method], *extra),
     ]
@@ -103,7 +104,7 @@ def train(method: str, out: Path, extra: list[str]) -> None:
         raise SystemExit(1)
 
 
-def score_all(out: Path) -> dict[str, dict[str, Any]]:
+def score_all(base: str, out: Path) -> dict[str, dict[str, Any]]:
     """Exact match of the base and of both adapters on the test problems, with lm-eval, in this process."""
     import torch
 
@@ -111,7 +112,7 @@ def score_all(out: Path) -> dict[str, dict[str, Any]]:
 
     torch.set_num_threads(1)  # the matrices are so small that a second thread mostly waits
     settings: dict[str, Any] = {
-        "base": BASE,
+        "base": base,
         "data": str(out / "data" / "test.jsonl"),
         "template": TEMPLATE,
         "batch_size": 100,
@@ -199,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--base", default="demo/base", help="the tiny base model; default: %(default)s")
     parser.add_argument("--num_train", type=int, default=2000, help="training problems")
     parser.add_argument("--num_test", type=int, default=100, help="test problems")
     parser.add_argument("--max_steps", type=int, help="optimizer steps of each training; default: the config's")
@@ -216,13 +218,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"      e.g. {question}", flush=True)
     for method in METHODS:
         with stages.stage(f"train {NAMES[method]} under ZeRO-3 on {NUM_PROCESSES} processes"):
-            train(method, out, extra)
+            train(method, arguments.base, out, extra)
     with stages.stage("export PoLAR to plain LoRA, score base and adapters with lm-eval"):
         from polar.export import export_lora
 
         with (out / "score.log").open("w", encoding="utf-8") as log, redirect_stderr(log):
-            export_lora(out / "polar", out / "polar_as_lora", base=BASE, overwrite=True)
-        results = score_all(out)
+            export_lora(out / "polar", out / "polar_as_lora", base=arguments.base, overwrite=True)
+        results = score_all(arguments.base, out)
     with stages.stage("report"):
         page, ranks = write_page(out, stages)
     print(summary(out, page, results, ranks, stages.total))

@@ -108,10 +108,13 @@ def installed_version(package: str) -> str | None:
 
 
 def source_commit() -> str | None:
-    """Return the commit of the checkout that polar runs from, with "+changes" where files differ; None if installed."""
+    """Return the commit of the checkout that polar runs from, with "+changes" where files differ.
+
+    An installed polar has none (None); an image has that of its build, in POLAR_COMMIT, where it was named.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("POLAR_COMMIT") or None
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=20

@@ -170,7 +170,7 @@ set_on_nodes() {
             ;;
         apptainer:*) on_nodes+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$image") ;;
         docker:*) # passes no variable by itself; the values are those of each task
-            on_nodes+=(docker run --rm --init --gpus=all --network=host --ipc=host --workdir="$PWD")
+            on_nodes+=(docker run --rm --init --gpus=all --network=host --ipc=host --user="$(id -u):$(id -g)" --workdir="$PWD")
             for variable in $(compgen -e | grep -E '^(SLURM|PET_|POLAR_|PYTHONPATH|HF_|NCCL_|WANDB_|OMP_|TOKENIZERS_|CUDA_VIS)'); do
                 on_nodes+=(--env "$variable")
             done

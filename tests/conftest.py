@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -17,6 +18,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if "HF_DATASETS_CACHE" not in os.environ:  # prepared data of tests is not worth keeping
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="polar-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of every search for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ For scripts that start ranks many times. What the launchers themselves do is tes
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ def start_ranks(num_ranks: int, work: Callable[[], int | None], log: Path) -> li
         Process ids, by rank.
     """
     port, pids = _free_port(), []
+    gc.freeze()  # the ranks share what is imported, and look for garbage in what is theirs
     sys.stdout.flush()
     for rank in range(max(num_ranks, 1)):
         pid = os.fork()

@@ -5,6 +5,7 @@ Usage: torchrun --nproc_per_node N constrain_worker.py OUT
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -390,6 +391,7 @@ def main() -> None:
         from polar.launch import join_deepspeed
 
         join_deepspeed()  # without compiling DeepSpeed's own all-reduce
+    gc.freeze()  # each engine collects garbage; what is imported by now need not be looked at again
     cuts = all_arbitrary_cuts()
     for number, case in enumerate(CASES):
         if case not in cases_of(dist.get_world_size()):

@@ -141,6 +141,7 @@ def test_containers_run_each_nodes_part_inside(tmp_path: Path) -> None:
     ]
     start = docker.index("docker")
     assert docker[start:].count("--volume") == 3
+    assert f"--user={os.getuid()}:{os.getgid()}" in docker  # files of the run are not root's
     assert "NCCL_DEBUG" in docker and "PYTHONPATH" in docker  # by name: each task gives its own value
     assert docker[docker.index("polar:latest") + 1] == "bash"
 
