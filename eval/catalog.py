@@ -8,9 +8,12 @@ from pathlib import Path
 
 from polar.commonsense import TASKS as COMMONSENSE
 from polar.errors import UserError
+from polar.glue import HUB as GLUE_HUB
+from polar.glue import TASKS as GLUE
 from polar.rows import FILE_KINDS
 
 STOCK_PREFIX = "lm_eval:"  # lm_eval:NAME is lm-eval's own task or group, with its own prompts
+GLUE_PREFIX = "glue_"  # an adapter with a head, see `polar_eval.glue`
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ TASKS = {
         ScoringTask("svamp", "svamp_polar", "ChilleD/SVAMP", ("svamp/test", "SVAMP/test"), headline="flexible"),
     )
 }
+GLUE_TASKS = {
+    f"{GLUE_PREFIX}{task.name}": ScoringTask(
+        f"{GLUE_PREFIX}{task.name}", "", GLUE_HUB, generates=False, headline=task.headline
+    )
+    for task in GLUE.values()
+}
 # Short names for several tasks.
 SUITES = {"commonsense": tuple(COMMONSENSE), "math10k": ("aqua", "gsm8k", "mawps", "svamp")}
 
@@ -91,11 +100,12 @@ def find_tasks(names: str) -> list[ScoringTask]:
 def _find(name: str) -> ScoringTask:
     if name.startswith(STOCK_PREFIX) and name != STOCK_PREFIX:
         return ScoringTask(name, name.removeprefix(STOCK_PREFIX), stock=True)
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, [*TASKS, *SUITES], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join([*TASKS, *SUITES])}"
+    known = TASKS | GLUE_TASKS
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, *SUITES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join([*known, *SUITES])}"
         raise UserError(f"task {name!r}: unknown; {hint} {STOCK_PREFIX}NAME takes one of lm-eval's own")
-    return TASKS[name]
+    return known[name]
 
 
 def find_data(task: ScoringTask, data: str | None, data_dir: str | None) -> str:

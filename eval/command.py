@@ -10,7 +10,7 @@ from polar.adapter_file import find_adapter, read_config
 from polar.errors import UserError
 from polar.launch import shut_down
 from polar.templates import trained_template
-from polar_eval.catalog import STOCK_PREFIX, SUITES, TASKS, ScoringTask, find_tasks
+from polar_eval.catalog import GLUE_PREFIX, STOCK_PREFIX, SUITES, TASKS, ScoringTask, find_tasks
 from polar_eval.jobs import BACKENDS, DEFAULT_TEMPLATE
 from polar_eval.results import format_result
 from polar_eval.score import score_tasks
@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `polar eval`."""
     add, names = parser.add_argument, ", ".join([*TASKS, *SUITES])
     add("adapter", metavar="ADAPTER", help='run folder, adapter folder, or "base" for --base alone (a merged model)')
-    add("--tasks", default="gsm8k", help=f"comma-separated: {names}, {STOCK_PREFIX}NAME; default: %(default)s")
+    add(
+        "--tasks",
+        default="gsm8k",
+        help=f"comma-separated: {names}, {STOCK_PREFIX}NAME; {GLUE_PREFIX}TASK alone; default: %(default)s",
+    )
     add("--base", help="base model folder or hub id; default: the one named in the adapter")
     add("--base_only", action="store_true", help="score the adapter's base alone, with its template")
     add("--data", help="local .jsonl/.json/.parquet, or a hub name; default: the task's own on the hub")

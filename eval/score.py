@@ -23,7 +23,7 @@ from polar.files import atomic_directory, write_json, write_text
 from polar.launch import from_main_process, on_all_ranks
 from polar.run_folder import installed_version
 from polar.upstream import holds_polar
-from polar_eval.catalog import ScoringTask, find_tasks
+from polar_eval.catalog import GLUE_TASKS, ScoringTask, find_tasks
 from polar_eval.jobs import Job, ScoreOptions, Subject, prepare, settle
 from polar_eval.quiet import quiet
 from polar_eval.results import RESULT_NAME, Measured, Result, prompt_facts, stock_columns, stock_rows
@@ -78,6 +78,12 @@ def score_tasks(
     world = join_world()
     with quiet():
         subject, chosen = on_all_ranks(lambda: settle(adapter, tasks, base, world, ScoreOptions(**options)))
+        if any(task.name in GLUE_TASKS for task in tasks):
+            from polar_eval.glue import score_glue
+
+            tasks = sorted(tasks, key=lambda task: task.name not in GLUE_TASKS)
+            out = None if outs[0] is None else Path(outs[0])
+            return [score_glue(subject, tasks, out, chosen, world, overwrite, resume)]
         jobs = on_all_ranks(lambda: prepare(subject, tasks, outs, chosen))
         kept = [job.finished() if resume else None for job in jobs]
         kept = from_main_process(lambda: kept)
@@ -118,7 +124,7 @@ def _load(subject: Subject, scratch: Path, options: ScoreOptions) -> Any:
     from polar_eval.hf_backend import HFBackend
 
     try:
-        return HFBackend(folder, lora, options.dtype, _device(options), options.parallelize, options.batch_size)
+        return HFBackend(folder, lora, options.dtype, device_of(options), options.parallelize, options.batch_size)
     except RuntimeError as error:
         if lora is None or "size mismatch" not in str(error):
             raise
@@ -128,7 +134,8 @@ def _load(subject: Subject, scratch: Path, options: ScoreOptions) -> Any:
         ) from error
 
 
-def _device(options: ScoreOptions) -> str:
+def device_of(options: ScoreOptions) -> str:
+    """Return the device of this process: as asked, else its GPU, else the CPU."""
     import torch
 
     available = torch.cuda.is_available()

@@ -71,14 +71,8 @@ def prepare_glue(data: DataArguments, task: GlueTask, tokenizer: Any, max_length
     encode = _Encoder(task, tokenizer, max_length, data.on_too_long)
     source = str(data.train_dataset)
     train, train_report = encode(open_split(task, source, "train", "train_dataset"), data.max_train_rows)
-    tables, reports = {}, {}
-    for part in _parts(task, data.val_dataset):
-        key, place = ("val_dataset", data.val_dataset) if data.val_dataset else ("train_dataset", source)
-        split = validation_split(part)
-        tables[part], reports[split] = encode(open_split(task, place, split, key), None)
-    if tables.keys() != set(task.parts):
-        left_out = ", ".join(validation_split(part) for part in task.parts if part not in tables)
-        encode.notes.append(f"val_dataset is one file, so there is no {left_out}")
+    key, place = ("val_dataset", data.val_dataset) if data.val_dataset else ("train_dataset", source)
+    validation, parts, reports = _encode_validation(encode, place, key, None)
     report: dict[str, Any] = {
         "task": task.name,
         "train": train_report,
@@ -88,14 +82,45 @@ def prepare_glue(data: DataArguments, task: GlueTask, tokenizer: Any, max_length
         "notes": encode.notes + [note for each in (train_report, *reports.values()) for note in many_left_out(each)],
     }
     report["fingerprint"] = hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()[:32]
+    return GlueData(train, validation, parts, report)
+
+
+def prepare_validation(
+    task: GlueTask, source: str, key: str, tokenizer: Any, max_length: int | None, max_rows: int | None = None
+) -> tuple[datasets.Dataset, dict[str, int], dict[str, Any]]:
+    """Read and tokenise the validation rows alone, for scoring.
+
+    Args:
+        task: which one.
+        source: file, folder or hub name.
+        key: the option that holds `source`, for messages.
+        tokenizer: the base model's.
+        max_length: most tokens per row; longer rows are cut.
+        max_rows: the first so many of each validation set; None: all.
+
+    Returns:
+        Rows; name of each validation set -> its number of rows; what happened on the way, by split.
+
+    Raises:
+        UserError: unreadable data, or no row that can be used.
+    """
+    return _encode_validation(_Encoder(task, tokenizer, max_length, "truncate"), source, key, max_rows)
+
+
+def _encode_validation(
+    encode: _Encoder, source: str, key: str, max_rows: int | None
+) -> tuple[datasets.Dataset, dict[str, int], dict[str, Any]]:
+    """The validation sets one after the other; of a single file, the first set."""
+    tables, reports, task = {}, {}, encode.task
+    is_one_file = is_file_name(source) and not Path(source).expanduser().is_dir()
+    for part in task.parts[:1] if is_one_file else task.parts:
+        split = validation_split(part)
+        tables[part], reports[split] = encode(open_split(task, source, split, key), max_rows)
+    if tables.keys() != set(task.parts):
+        left_out = ", ".join(validation_split(part) for part in task.parts if part not in tables)
+        encode.notes.append(f"{key} is one file, so there is no {left_out}")
     parts = {part: len(table) for part, table in tables.items()}
-    return GlueData(train, datasets.concatenate_datasets(list(tables.values())), parts, report)
-
-
-def _parts(task: GlueTask, val_dataset: str | None) -> tuple[str, ...]:
-    """Which validation sets there are: of a single file, the first."""
-    is_one_file = val_dataset and is_file_name(val_dataset) and not Path(val_dataset).expanduser().is_dir()
-    return task.parts[:1] if is_one_file else task.parts
+    return datasets.concatenate_datasets(list(tables.values())), parts, reports
 
 
 class _Encoder:

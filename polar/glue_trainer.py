@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer
 
-from polar.files import atomic_directory, write_json, write_text
-from polar.glue import GlueTask, mean_loss, named, scores, standard_error
+from polar.glue import GlueTask, mean_loss, scores
+from polar.glue_results import prediction_rows, result_columns, write_results
 from polar.run_folder import installed_version
 from polar.trainer import AdapterTrainerMixin
 
@@ -81,11 +80,9 @@ class PolarGlueTrainer(AdapterTrainerMixin, Trainer):
         return is_best
 
     def _write_results(self, folder: Path, metrics: Mapping[str, float]) -> None:
-        values: dict[str, dict[str, float | None]] = {}
-        for part, rows in self.parts.items():
-            for name in (named(metric, part) for metric in self.task.metrics):
-                value = metrics[f"eval_{name}"]
-                values[name] = {"value": value, "stderr": standard_error(name, value, rows)}
+        columns = result_columns(
+            self.task, self.parts, {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        )
         weights = self.adapter_folder / "adapter_model.safetensors"
         adapter = {
             "folder": str(self.adapter_folder),
@@ -94,8 +91,8 @@ class PolarGlueTrainer(AdapterTrainerMixin, Trainer):
         }
         result = {
             "task": f"glue_{self.task.name}",
-            "headline": next(iter(values)),
-            "columns": values,
+            "headline": next(iter(columns)),
+            "columns": columns,
             "num_problems": sum(self.parts.values()),
             "parts": self.parts,
             "labels": list(self.task.labels),
@@ -105,20 +102,6 @@ class PolarGlueTrainer(AdapterTrainerMixin, Trainer):
             **self.about,
             "versions": {name: installed_version(name) for name in VERSIONED},
         }
-        with atomic_directory(folder) as temporary:
-            lines = [json.dumps(row) for row in self._prediction_rows()]
-            write_text(temporary / f"samples_glue_{self.task.name}.jsonl", "\n".join(lines) + "\n")
-            write_json(temporary / "results.json", result)
-
-    def _prediction_rows(self) -> list[dict[str, Any]]:
-        """One row per validation row, in their order: part, label, what was predicted, the head's outputs."""
         assert self._predictions is not None
-        labels = np.asarray(self._predictions.label_ids).tolist()
-        logits = np.asarray(self._predictions.predictions, dtype=np.float32).reshape(len(labels), -1)
-        places = [(part, place) for part, rows in self.parts.items() for place in range(rows)]
-        rows = []
-        for (part, place), gold, outputs in zip(places, labels, logits, strict=True):
-            predicted = float(outputs[0]) if self.task.is_regression else self.task.labels[int(outputs.argmax())]
-            gold = gold if self.task.is_regression else self.task.labels[gold]
-            rows.append({"part": part, "row": place, "gold": gold, "predicted": predicted, "logits": outputs.tolist()})
-        return rows
+        logits, labels = np.asarray(self._predictions.predictions), np.asarray(self._predictions.label_ids)
+        write_results(folder, result, prediction_rows(self.task, self.parts, logits, labels))

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import polar  # noqa: F401  registers POLAR
+from polar.cli import main as polar_command
 from polar.export import export_lora
 from polar.glue import TASKS
 from tests.integration.commands import ROOT, environment, metrics
@@ -110,6 +111,67 @@ def test_saved_adapter_gives_the_logits_and_scores_of_the_training(runs: Path, n
     assert max(metrics(run, "eval_accuracy")) == result(run)["columns"]["accuracy"]["value"]
     steps = dict(zip((STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH), metrics(run, "eval_accuracy"), strict=True))
     assert steps[result(run)["step"]] == max(steps.values()), "chosen by accuracy, the first of equals"
+
+
+@pytest.mark.parametrize("name", ["one", "lora DDP", "stsb", "mnli ZeRO-2"])
+def test_polar_eval_scores_the_saved_adapter_as_the_training_did(runs: Path, tmp_path: Path, name: str) -> None:
+    """Rows of unequal length in other batches, the head from its file, a PoLAR adapter as plain LoRA."""
+    trained = result(runs / name)
+    command = [str(runs / name), "--tasks", trained["task"], "--data_dir", str(runs / "glue"), "--batch_size", "5"]
+    assert polar_command(["eval", *command, "--out", str(tmp_path / "scored")]) == 0
+    scored = json.loads((tmp_path / "scored" / "results.json").read_text())
+    assert scored["num_problems"] == trained["num_problems"] and scored["parts"] == trained["parts"]
+    assert scored["headline"] == trained["headline"] and list(scored["columns"]) == list(trained["columns"])
+    (file,) = (tmp_path / "scored").glob("samples_glue_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["gold"] for row in rows] == [row["gold"] for row in samples(runs / name)]
+    wanted = torch.tensor([row["logits"] for row in samples(runs / name)])
+    torch.testing.assert_close(torch.tensor([row["logits"] for row in rows]), wanted, rtol=0, atol=LOGIT_TOLERANCE)
+    for key, column in scored["columns"].items():
+        assert column["value"] == pytest.approx(trained["columns"][key]["value"], abs=1e-4)
+        assert column["stderr"] == pytest.approx(trained["columns"][key]["stderr"], abs=1e-4)
+
+
+def test_polar_eval_keeps_a_finished_glue_result(runs: Path, tmp_path: Path) -> None:
+    out, command = tmp_path / "scored", ["eval", str(runs / "one"), "--tasks", "glue_rte", "--limit", "6"]
+    command += ["--data_dir", str(runs / "glue"), "--out", str(out)]
+    assert polar_command(command) == 0
+    assert json.loads((out / "results.json").read_text())["num_problems"] == 6
+    written = (out / "results.json").stat().st_mtime_ns
+    assert polar_command(command) == 2  # there already
+    assert polar_command([*command, "--resume"]) == 0
+    assert (out / "results.json").stat().st_mtime_ns == written
+    assert polar_command([*command, "--limit", "7", "--resume"]) == 2  # other rows are another result
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "line"),
+    [
+        ("one", ["--tasks", "glue_cola"], "was trained on glue_rte, not on glue_cola"),
+        ("one", ["--tasks", "glue_mnli"], "has a head with 2 outputs, glue_mnli needs 3"),
+        ("one", ["--tasks", "glue_rte,gsm8k"], "a head answers one task; score glue_rte alone"),
+        ("one", ["--tasks", "glue_rte", "--base_only"], "the head was saved with the adapter"),
+        ("one", ["--tasks", "glue_rte", "--data_dir", "nowhere/at/all"], "--data_dir nowhere/at/all: no such folder"),
+    ],
+)
+def test_polar_eval_refuses_what_a_head_cannot_answer(
+    runs: Path, capsys: pytest.CaptureFixture[str], run: str, arguments: list[str], line: str
+) -> None:
+    assert polar_command(["eval", str(runs / run), *arguments]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_polar_eval_refuses_a_head_that_was_not_saved_whole(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stock PEFT saves of DeBERTa: the classifier, not the pooler below it."""
+    base = AutoModelForSequenceClassification.from_pretrained(runs / "base", num_labels=2)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "stock")
+    command = ["eval", str(tmp_path / "stock"), "--tasks", "glue_rte", "--data_dir", str(runs / "glue")]
+    assert polar_command([*command, "--base", str(runs / "base"), "--out", str(tmp_path / "out")]) == 2
+    assert "was saved without pooler, which no base has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["one", "ZeRO-3", "FSDP2"])
