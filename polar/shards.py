@@ -153,13 +153,22 @@ def zero12_engine(model: nn.Module) -> Any:
     sharded = {id(parameter) for parameter in model.parameters() if hasattr(parameter, "_hp_mapping")}
     if module is None or not sharded:
         return None
-    for candidate in gc.get_objects():
-        # By type: isinstance asks each object for its __class__, and some of torch's answer with a warning.
-        if issubclass(type(candidate), module.DeepSpeedZeroOptimizer) and any(
-            id(parameter) in sharded for group in candidate.bit16_groups for parameter in group
-        ):
-            return candidate
-    return None
+
+    def search() -> Any:
+        for candidate in gc.get_objects():
+            # By type: isinstance asks each object for its __class__, and some of torch's answer with a warning.
+            if issubclass(type(candidate), module.DeepSpeedZeroOptimizer) and any(
+                id(parameter) in sharded for group in candidate.bit16_groups for parameter in group
+            ):
+                return candidate
+        return None
+
+    found = search()
+    if found is None and gc.get_freeze_count():  # a loop that calls gc.freeze() hides what was made before
+        gc.unfreeze()
+        found = search()
+        gc.freeze()
+    return found
 
 
 def _resolve_one(name: str, parameter: nn.Parameter, zero_engine: Any) -> FactorSlice:

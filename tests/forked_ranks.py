@@ -69,9 +69,9 @@ def wait_for_ranks(pids: list[int], timeout_s: float = TIMEOUT_S) -> list[int]:
     return [code for code in codes.values() if code is not None]
 
 
-def run_ranks(num_ranks: int, work: Callable[[], int | None], log: Path) -> None:
+def run_ranks(num_ranks: int, work: Callable[[], int | None], log: Path, timeout_s: float = TIMEOUT_S) -> None:
     """Run `work` on all ranks; AssertionError with what the first failing rank printed."""
-    codes = wait_for_ranks(start_ranks(num_ranks, work, log))
+    codes = wait_for_ranks(start_ranks(num_ranks, work, log), timeout_s)
     for rank, code in enumerate(codes):
         assert code == 0, f"exit codes {codes}\n{Path(f'{log}{rank}').read_text()[-4000:]}"
 

@@ -81,6 +81,7 @@ EXACT: list[dict[str, Any]] = [
     {"engine": "zero1", "groups": "split"},
     {"engine": "zero2", "groups": "split", "max_grad_norm": 0.05},
     {"engine": "zero2", "accumulation": 2},
+    {"engine": "zero2", "frozen_garbage": True},
     {"engine": "ddp", "accumulation": 2, "max_grad_norm": 0.05},
     {"engine": "fsdp2", "accumulation": 2, "max_grad_norm": 0.05},
     {"engine": "fsdp2", "groups": "split"},
@@ -229,6 +230,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             fsdp2_model(model, case)
             wrapped = module
         optimizer = make_optimizer(model, case)
+    if case.get("frozen_garbage"):
+        gc.freeze()
     losses = train(torch.compile(wrapped, backend="eager") if case.get("compile") else wrapped, optimizer, case, handle)
     states = None if optimizer is None else optimizer.state
     result = {

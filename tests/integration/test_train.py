@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polar  # noqa: F401  registers POLAR
+from polar.cli import main as command
 from polar.spectrum import adapter_spectrum
 from tests.integration.commands import ROOT, deepspeed_train, metrics, python, torchrun_train, train
-from tests.integration.commands import polar as command
 
 # float32, the same rows in every step, sums over ranks in another order.
 LOSS_TOLERANCE = 1e-4
@@ -130,19 +130,20 @@ def test_the_log_has_the_stable_rank_of_the_adapter_that_was_saved(runs, engine)
     assert metrics(run, "stable_rank")[-1] == pytest.approx(median(s.stable_rank for s in saved), rel=1e-4)
 
 
-def test_adapters_are_measured_truncated_and_added_by_the_commands(runs, tmp_path) -> None:
-    one, other = runs["one"].folder, runs["one, options"].folder
-    shown = command("spectrum", str(one), "--checkpoints", "--out", str(tmp_path / "spectrum")).stdout
+def test_adapters_are_measured_truncated_and_added_by_the_commands(runs, tmp_path, capsys) -> None:
+    one, other = str(runs["one"].folder), str(runs["one, options"].folder)
+    spectrum, difference, small, new = (str(tmp_path / name) for name in ("spectrum", "difference", "small", "new"))
+    assert command(["spectrum", one, "--checkpoints", "--out", spectrum]) == 0
+    shown = capsys.readouterr().out
     assert "one step 7 " in shown and "one step 14 " in shown
     assert (tmp_path / "spectrum" / "stable_rank_evolution.png").stat().st_size > 10_000
-    command("combine", str(one), str(other), "--weights", "1", "-1", "--out", str(tmp_path / "difference"))
-    shown = command("convert", str(tmp_path / "difference"), str(tmp_path / "small"), "--r", "2").stdout
+    assert command(["combine", one, other, "--weights", "1", "-1", "--out", difference]) == 0
+    assert command(["convert", difference, small, "--r", "2"]) == 0
+    shown = capsys.readouterr().out
     assert "r = 2" in shown and "of norm(dW)_F" in shown
     assert len(adapter_spectrum(tmp_path / "small")) == 6
-    failed = command(
-        "combine", str(one), str(tmp_path / "small"), "--r", "99", "--out", str(tmp_path / "new"), ok=False
-    )
-    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
+    assert command(["combine", one, small, "--r", "99", "--out", new]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 def test_a_run_starts_from_an_adapter_under_zero3(runs, tiny_gemma3, tiny_rows, tmp_path) -> None:
