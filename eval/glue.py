@@ -138,6 +138,9 @@ def _check(subject: Subject, tasks: Sequence[ScoringTask], options: ScoreOptions
         raise UserError(f"task {name}: the head was saved with the adapter; name the run or the adapter, without base")
     if options.backend != "hf" or options.parallelize:
         raise UserError(f"task {name}: a head is scored by --backend hf, one copy of the model per process")
+    for option in ("template", "max_new_tokens"):
+        if getattr(options, option) is not None:
+            raise UserError(f"--{option}: {name} has no prompts and generates nothing; leave it out")
     if not (subject.adapter / WEIGHTS_NAME).is_file():
         raise UserError(f"{subject.adapter}: holds no {WEIGHTS_NAME}")
     outputs = num_labels_of(subject.adapter)

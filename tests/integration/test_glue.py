@@ -151,6 +151,7 @@ def test_polar_eval_keeps_a_finished_glue_result(runs: Path, tmp_path: Path) -> 
         ("one", ["--tasks", "glue_mnli"], "has a head with 2 outputs, glue_mnli needs 3"),
         ("one", ["--tasks", "glue_rte,gsm8k"], "a head answers one task; score glue_rte alone"),
         ("one", ["--tasks", "glue_rte", "--base_only"], "the head was saved with the adapter"),
+        ("one", ["--tasks", "glue_rte", "--template", "alpaca"], "--template: glue_rte has no prompts"),
         ("one", ["--tasks", "glue_rte", "--data_dir", "nowhere/at/all"], "--data_dir nowhere/at/all: no such folder"),
     ],
 )
